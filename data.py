@@ -1,0 +1,131 @@
+"""Images in, batches out: Fashion-MNIST as one tensor, and the 5/6-1/6 split (Experiments)."""
+import gzip
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+FASHION = Path(__file__).parent / "datasets" / "FashionMNIST" / "raw"
+NAMES = ("fashion", "fake")
+PAD = 2                                                   # pixels that a random crop may move, as usual at 28-32 pixels
+
+
+class Images(NamedTuple):
+    """A set of labelled images in memory."""
+    pixels: torch.Tensor                                  # (N, C, H, W) uint8
+    labels: torch.Tensor                                  # (N,) long
+    classes: int
+
+
+def generator(*position):
+    """A `torch.Generator` that is a function of whole numbers, such as (seed, stage, step).
+
+    Every draw of a run comes from one of these, so that a run can go on from any step without saved generator states.
+    """
+    seed = np.random.SeedSequence(position).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
+
+
+def read_idx(path, dimensions):
+    """The array in a gzip file of idx format: two zero bytes, type 8 (uint8), dimensions, sizes, values."""
+    raw = gzip.open(path).read()
+    start = 4 + 4 * dimensions
+    if len(raw) < start or raw[:4] != bytes((0, 0, 8, dimensions)):
+        raise ValueError(f"{path}: not an idx file of {dimensions} dimensions")
+    shape = np.frombuffer(raw, ">u4", dimensions, 4)
+    if len(raw) != start + math.prod(int(n) for n in shape):
+        raise ValueError(f"{path}: {len(raw)} bytes are too few or too many for {'x'.join(map(str, shape))} values")
+    return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=start).reshape(shape).copy())
+
+
+def fashion(part, folder=FASHION):
+    """Fashion-MNIST (Xiao, Rasul and Vollgraf 2017): `part` is train (60,000) or t10k (10,000), 28x28, ten classes."""
+    pixels = read_idx(folder / f"{part}-images-idx3-ubyte.gz", 3)[:, None]
+    labels = read_idx(folder / f"{part}-labels-idx1-ubyte.gz", 1).long()
+    return Images(pixels, labels, 10)
+
+
+def fake(n, position, classes=10, channels=1, size=28):
+    """`n` images for smoke tests: a blurred random pattern a class, with noise on top. Learnt within minutes."""
+    patterns = torch.rand(classes, channels, 7, 7, generator=generator(2021))
+    patterns = torch.nn.functional.interpolate(patterns, size, mode="bilinear")
+    g = generator(*position)
+    labels = torch.randint(classes, (n,), generator=g)
+    noisy = 0.6 * patterns[labels] + 0.4 * torch.rand(n, channels, size, size, generator=g)
+    return Images((255 * noisy).byte(), labels, classes)
+
+
+def load(name, part):
+    """The `Images` of data set `name`; `part` is train or test. ValueError for an unknown name, OSError for no files."""
+    if name == "fashion":
+        return fashion({"train": "train", "test": "t10k"}[part])
+    if name == "fake":
+        return fake(*{"train": (1200, (0,)), "test": (400, (1,))}[part])
+    raise ValueError(f"{name!r} is unknown, choose from {', '.join(NAMES)}")
+
+
+def split(labels, seed):
+    """The training images' (weights, architecture) parts as indices: of every class 5/6 and 1/6, drawn by `seed`."""
+    g, parts = generator(seed), ([], [])
+    for c in labels.unique():
+        index = (labels == c).nonzero().flatten()
+        index = index[torch.randperm(len(index), generator=g)]
+        cut = len(index) * 5 // 6
+        parts[0].append(index[:cut])
+        parts[1].append(index[cut:])
+    return tuple(torch.cat(part).sort().values for part in parts)
+
+
+def statistics(images, index):
+    """(mean, standard deviation) of the pixels in [0, 1] of the images at `index`, a channel: (1, C, 1, 1) each."""
+    pixels = images.pixels[index].double() / 255
+    return (pixels.mean((0, 2, 3), keepdim=True).float(), pixels.std((0, 2, 3), keepdim=True).float())
+
+
+class Loader:
+    """Batches of `images` on a `device`, normalised by `stats`, as (x (B, C, H, W) float, y (B,) long)."""
+
+    def __init__(self, images, stats, batch_size, device="cpu"):
+        self.pixels, self.labels = images.pixels.to(device), images.labels.to(device)
+        self.mean, self.std = (255 * s.to(device) for s in stats)
+        self.batch_size, self.device = batch_size, device
+
+    def batch(self, index, generator=None):
+        """The images at `index`; with a generator augmented: a random crop of the padded image and a flip."""
+        index = index.to(self.device)
+        x = self.pixels[index]
+        if generator is not None:
+            x = augment(x, generator)
+        return (x - self.mean) / self.std, self.labels[index]
+
+    def ordered(self, index):
+        """All images at `index`, once, in order, for evaluation."""
+        for part in index.split(self.batch_size * 4):
+            yield self.batch(part)
+
+    def shuffled(self, index, *position, start=0):
+        """Endless training batches from number `start` on. Batch n is a function of `position` and n alone.
+
+        Every epoch has another order; the images that do not fill a batch at its end are left out of it.
+        """
+        epoch_length = len(index) // self.batch_size
+        for epoch in range(start // epoch_length, 10 ** 9):
+            order = index[torch.randperm(len(index), generator=generator(*position, 0, epoch))]
+            for n in range(start % epoch_length, epoch_length):
+                part = order[n * self.batch_size:(n + 1) * self.batch_size]
+                yield self.batch(part, generator(*position, 1, epoch, n))
+            start = 0
+
+
+def augment(x, generator):
+    """x (B, C, H, W) uint8 -> the same shape: moved by up to `PAD` pixels each way, and flipped half of the time."""
+    b, _, h, w = x.shape
+    padded = torch.nn.functional.pad(x, (PAD,) * 4)
+    dy, dx = torch.randint(2 * PAD + 1, (2, b, 1), generator=generator)
+    flip = torch.rand(b, 1, generator=generator) < 0.5
+    rows = dy + torch.arange(h)
+    columns = dx + torch.where(flip, torch.arange(w - 1, -1, -1), torch.arange(w))
+    at = torch.arange(b).view(-1, 1, 1).to(x.device), rows[:, :, None].to(x.device), columns[:, None, :].to(x.device)
+    return padded.permute(0, 2, 3, 1)[at].permute(0, 3, 1, 2)             # (B, H, W, C) in memory: channels last

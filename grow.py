@@ -1,0 +1,157 @@
+"""SuperNet2SuperNet (Eqs. 1-3, Fig. 1): a larger supernet that computes what the smaller one computed.
+
+Wider: every set of channels that grows gets one map f (Eq. 1) from new channels to the old ones that they copy. Whatever
+produces or carries these channels is copied by it (Eq. 2); whatever consumes them shares its weights among the copies
+(Eq. 3). The sets are the outputs of a row, which its residuals tie together, and the hidden and squeezed channels of
+every candidate. Deeper: a new block at the end of its row starts as the identity.
+
+`widen` says how the new channels are consumed:
+  eq3    the paper's: divided by the number of copies. The network of the largest widths computes the same; a narrower
+         one does not, since its prefix has the divided weights and lacks the copies.
+  zero   ours: not at all at first. Every sub-network of the old supernet computes the same, the largest included.
+  naive  the ablation ("naive progressive search"): old weights in the old places, all others stay random.
+"""
+import torch
+from torch import nn
+
+from space import CANDIDATES
+from supernet import SuperNet
+
+WIDENINGS = ("eq3", "zero", "naive")
+
+
+def channel_map(old, new, generator=None):
+    """Eq. 1: f (new,), long. f[j] = j below `old`, then random samples from {0, .., old - 1}."""
+    return torch.cat([torch.arange(old), torch.randint(old, (new - old,), generator=generator)])
+
+
+def produce(weight, f):
+    """Eq. 2: the filters (dimension 0) of the new channels are copies. Batch-norm vectors alike: (old, ..) -> (new, ..)."""
+    return weight[f]
+
+
+def consume(weight, f, widen):
+    """Eq. 3: input channels (dimension 1) shared among the copies, or for `zero` none for the new ones.
+
+    weight (o, old, ..) -> (o, new, ..). The layout is PyTorch's, output first; the paper's is W[x, y, input, output].
+    """
+    old = weight.shape[1]
+    share = 1 / torch.bincount(f, minlength=old)[f] if widen == "eq3" else (torch.arange(len(f)) < old).float()
+    return weight[:, f] * share.to(weight).view(1, -1, *[1] * (weight.dim() - 2))
+
+
+@torch.no_grad()
+def grow(supernet, space, generator=None, widen="eq3"):
+    """The supernet of `space`, the next stage, grown from `supernet`; which stays as it is.
+
+    Architecture parameters are inherited; a new width or expansion starts from the logit of the old largest, which it
+    equals in function; the choices of a new block start uniform.
+    """
+    if widen not in WIDENINGS:
+        raise ValueError(f"widen is {widen!r}, choose from {', '.join(WIDENINGS)}")
+    classifier = supernet.classifier
+    device = classifier.weight.device
+    grown = SuperNet(space, supernet.stem.in_channels, classifier.out_features, generator)
+    old_blocks = {(b.block.row, b.block.place): b for b in supernet.blocks}
+    f_row = torch.arange(space.stem)                                     # the map of the channels that come in
+    copy_layer(supernet.stem, grown.stem, f_row, torch.arange(grown.stem.in_channels), widen)
+    copy_norm(supernet.stem_norm, grown.stem_norm, f_row, widen)
+    for new in grown.blocks:
+        row, place = new.block.row, new.block.place
+        f_in = f_row
+        if place == 0:                                                   # one map for all the blocks of a row
+            f_row = channel_map(old_blocks[row, 0].block.widths[-1], new.block.widths[-1], generator)
+        old = old_blocks.get((row, place))
+        if old is not None:
+            for before, after in zip(old.candidates, new.candidates):
+                widen_candidate(before, after, f_in, f_row, generator, widen)
+            for name, alpha in new.alphas.items():
+                known = old.alphas[name]
+                alpha.copy_(torch.cat([known, known[-1].expand(len(alpha) - len(known))]))
+        elif widen != "naive":
+            for candidate in new.candidates:
+                identity(candidate, generator)
+    f_head = torch.arange(space.head)
+    copy_layer(supernet.head, grown.head, f_head, f_row, widen)
+    copy_norm(supernet.head_norm, grown.head_norm, f_head, widen)
+    grown.classifier.load_state_dict(classifier.state_dict())
+    return grown.to(device).train(supernet.training)
+
+
+def widen_candidate(old, new, f_in, f_out, generator, widen):
+    """Net2Wider of one candidate, old -> new, given the maps of the channels that come in and go out."""
+    if old.expand is None:
+        f_hidden = f_in                                                  # no expand convolution: hidden is the input
+    else:
+        f_hidden = channel_map(old.expand.out_channels, new.expand.out_channels, generator)
+        copy_layer(old.expand, new.expand, f_hidden, f_in, widen)
+        copy_norm(old.norm1, new.norm1, f_hidden, widen)
+    copy_layer(old.depthwise, new.depthwise, f_hidden, torch.arange(1), widen)
+    copy_norm(old.norm2, new.norm2, f_hidden, widen)
+    if old.squeeze is not None:
+        f_squeeze = channel_map(old.squeeze.out_channels, new.squeeze.out_channels, generator)
+        copy_layer(old.squeeze, new.squeeze, f_squeeze, f_hidden, widen)
+        copy_layer(old.excite, new.excite, f_hidden, f_squeeze, widen)
+    copy_layer(old.project, new.project, f_out, f_hidden, widen)
+    copy_norm(old.norm3, new.norm3, f_out, widen)
+
+
+def copy_layer(old, new, f_out, f_in, widen):
+    """One convolution, old -> new: its filters are produced by the map f_out and consume by the map f_in."""
+    if widen == "naive":
+        o, i = old.weight.shape[:2]
+        new.weight[:o, :i] = old.weight
+        if old.bias is not None:
+            new.bias[:o] = old.bias
+        return
+    new.weight.copy_(produce(consume(old.weight.cpu(), f_in, widen), f_out))
+    if old.bias is not None:
+        new.bias.copy_(produce(old.bias.cpu(), f_out))
+
+
+def copy_norm(old, new, f, widen):
+    """One batch norm, old -> new: weight, bias, mean and variance travel with their channel."""
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        before, after = getattr(old, name).cpu(), getattr(new, name)
+        if widen == "naive":
+            after[:len(before)] = before
+        else:
+            after.copy_(produce(before, f))
+
+
+def identity(candidate, generator):
+    """A new block's candidate: identity kernels, of the input's width and widened to the hidden width by Eqs. 1-3.
+
+    Batch norm, activation and squeeze-excite between the kernels would still change the function, and the block adds
+    its input back: so the scale of the last batch norm starts at zero, and block(x) = x exactly. Its gradient is not
+    zero, so the block learns from the first step.
+    """
+    hidden, inputs = candidate.expand.weight.shape[:2]
+    f = channel_map(inputs, hidden, generator)
+    eye = torch.eye(inputs)
+    candidate.expand.weight.copy_(produce(eye, f).view(hidden, inputs, 1, 1))
+    nn.init.dirac_(candidate.depthwise.weight, groups=hidden)
+    candidate.project.weight.copy_(consume(eye, f, "eq3").view(inputs, hidden, 1, 1))
+    nn.init.zeros_(candidate.norm3.weight)
+
+
+def describe(old, new):
+    """What grew, in words: blocks, options a block on average, and weights."""
+    def size(net):
+        spaces = [b.block for b in net.blocks]
+        return (len(spaces), max(b.widths[-1] for b in spaces), max(b.expansions[-1] for b in spaces),
+                sum(p.numel() for p in net.weights()) / 1e6)
+    (b0, w0, e0, p0), (b1, w1, e1, p1) = size(old), size(new)
+    return (f"grown from A{old.space.stage}: {b0} -> {b1} blocks, widths up to {w0} -> {w1}, expansions up to {e0:g} -> {e1:g}, "
+            f"{p0:.2f} -> {p1:.2f} M weights")
+
+
+@torch.no_grad()
+def movement(old, new, x):
+    """By how much growth moved the logits of the largest network on images x: the largest over all candidates."""
+    def logits(net, op):
+        training = net.training
+        out = net.eval()(x, net.path([(op, -1, -1)] * len(net.blocks)))
+        net.train(training)
+        return out
+    return max(float((logits(old, op) - logits(new, op)).abs().max()) for op in range(len(CANDIDATES)))

@@ -1,0 +1,312 @@
+"""What can be chosen, and what has been: the paper's tables as literal tables, and an `Arch` as JSON.
+
+Tables 1 and 5-8 (the spaces A0..A4) and Table 2 (the eight candidates) are copied column by column. `SPACES` holds
+them read: a `Space` is a chain of `Block`s, each with the options that the search chooses from. An `Arch` is one
+network: a chain of choices that were made.
+"""
+import json
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+# Table 2: kernel, squeeze-excite, activation.
+CANDIDATES = {"ir_k3":       (3, False, "relu"),
+              "ir_k5":       (5, False, "relu"),
+              "ir_k3_hs":    (3, False, "hswish"),
+              "ir_k5_hs":    (5, False, "hswish"),
+              "ir_k3_se":    (3, True,  "relu"),
+              "ir_k5_se":    (5, True,  "relu"),
+              "ir_k3_se_hs": (3, True,  "hswish"),
+              "ir_k5_se_hs": (5, True,  "hswish")}
+
+# (low, high, step) are inclusive; n is the number of blocks. A row's stride is its input resolution over the next
+# row's. The paper's Input column also names a channel count, which it did not update from Table 1 to Tables 5-8: a
+# row's input width is the output of the row above, so only the resolution stands here.
+#             input  block  expansion          filters         n
+PAPER = ((  # Table 1: A0
+             (224, "3x3",  1,                  16,             1),
+             (112, "tbs",  1,                  (12, 16, 4),    1),
+             (112, "tbs",  (0.75, 3.75, 0.5),  (16, 28, 4),    1),
+             (56,  "tbs",  (0.75, 3.75, 0.5),  (16, 40, 8),    2),
+             (28,  "tbs",  (0.75, 4.25, 0.5),  (48, 96, 8),    3),
+             (14,  "tbs",  (0.75, 4.5, 0.75),  (72, 128, 8),   2),
+             (14,  "tbs",  (0.75, 5.25, 0.75), (112, 184, 8),  2),
+             (7,   "tbs",  (0.75, 5.25, 0.75), (112, 184, 8),  1),
+             (7,   "1x1",  None,               1280,           1),
+             (1,   "fc",   None,               1000,           1)),
+         (  # Table 5: A1
+             (224, "3x3",  1,                  16,             1),
+             (112, "tbs",  1,                  (12, 16, 4),    1),
+             (112, "tbs",  (0.75, 3.75, 0.5),  (16, 32, 4),    2),
+             (56,  "tbs",  (0.75, 3.75, 0.5),  (16, 48, 8),    3),
+             (28,  "tbs",  (0.75, 4.25, 0.5),  (48, 104, 8),   4),
+             (14,  "tbs",  (0.75, 4.5, 0.75),  (72, 136, 8),   3),
+             (14,  "tbs",  (0.75, 5.25, 0.75), (112, 224, 8),  2),
+             (7,   "tbs",  (0.75, 5.25, 0.75), (112, 256, 8),  1),
+             (7,   "1x1",  None,               1280,           1),
+             (1,   "fc",   None,               1000,           1)),
+         (  # Table 6: A2
+             (224, "3x3",  1,                  16,             1),
+             (112, "tbs",  1,                  (12, 16, 4),    1),
+             (112, "tbs",  (0.75, 4.75, 0.5),  (16, 36, 4),    2),
+             (56,  "tbs",  (0.75, 4.75, 0.5),  (16, 56, 8),    3),
+             (28,  "tbs",  (0.75, 5.25, 0.5),  (48, 112, 8),   4),
+             (14,  "tbs",  (0.75, 5.25, 0.75), (72, 144, 8),   4),
+             (14,  "tbs",  (0.75, 5.25, 0.75), (112, 256, 8),  4),
+             (7,   "tbs",  (0.75, 5.25, 0.75), (112, 256, 8),  2),
+             (7,   "1x1",  None,               1280,           1),
+             (1,   "fc",   None,               1000,           1)),
+         (  # Table 7: A3
+             (224, "3x3",  1,                  16,             1),
+             (112, "tbs",  1,                  (12, 16, 4),    1),
+             (112, "tbs",  (0.75, 4.75, 0.5),  (16, 36, 4),    3),
+             (56,  "tbs",  (0.75, 5.25, 0.5),  (16, 64, 8),    3),
+             (28,  "tbs",  (0.75, 5.25, 0.5),  (48, 128, 8),   4),
+             (14,  "tbs",  (0.75, 5.25, 0.75), (72, 160, 8),   5),
+             (14,  "tbs",  (0.75, 6, 0.75),    (112, 256, 8),  4),
+             (7,   "tbs",  (0.75, 6, 0.75),    (112, 336, 8),  2),
+             (7,   "1x1",  None,               1280,           1),
+             (1,   "fc",   None,               1000,           1)),
+         (  # Table 8: A4
+             (224, "3x3",  1,                  16,             1),
+             (112, "tbs",  1,                  (12, 16, 4),    1),
+             (112, "tbs",  (0.75, 5.75, 0.5),  (16, 40, 4),    3),
+             (56,  "tbs",  (0.75, 5.75, 0.5),  (16, 64, 8),    3),
+             (28,  "tbs",  (0.75, 5.75, 0.5),  (48, 128, 8),   5),
+             (14,  "tbs",  (0.75, 6, 0.75),    (72, 160, 8),   5),
+             (14,  "tbs",  (0.75, 6, 0.75),    (112, 256, 8),  6),
+             (7,   "tbs",  (0.75, 6, 0.75),    (112, 336, 8),  3),
+             (7,   "1x1",  None,               1280,           1),
+             (1,   "fc",   None,               1000,           1)))
+
+# The same rows and rules for images of 28-32 pixels on a CPU: strides 2, 1, 2, 1, 2, 1 become 2, 1, 2, 1, 2 (7x7 pixels
+# are left where the paper has 14x14), widths and expansions are about halved, and depth grows from 5 blocks to 11.
+SMALL = ((  # A0
+             (28,  "3x3",  1,                  16,             1),
+             (14,  "tbs",  1,                  (8, 16, 8),     1),
+             (14,  "tbs",  (0.75, 2.25, 0.5),  (16, 24, 8),    1),
+             (7,   "tbs",  (0.75, 2.25, 0.5),  (16, 32, 8),    1),
+             (7,   "tbs",  (0.75, 3, 0.75),    (32, 48, 8),    1),
+             (4,   "tbs",  (0.75, 3, 0.75),    (48, 64, 8),    1),
+             (4,   "1x1",  None,               256,            1),
+             (1,   "fc",   None,               10,             1)),
+         (  # A1
+             (28,  "3x3",  1,                  16,             1),
+             (14,  "tbs",  1,                  (8, 16, 8),     1),
+             (14,  "tbs",  (0.75, 2.25, 0.5),  (16, 24, 8),    1),
+             (7,   "tbs",  (0.75, 2.25, 0.5),  (16, 40, 8),    2),
+             (7,   "tbs",  (0.75, 3, 0.75),    (32, 56, 8),    1),
+             (4,   "tbs",  (0.75, 3, 0.75),    (48, 80, 8),    1),
+             (4,   "1x1",  None,               256,            1),
+             (1,   "fc",   None,               10,             1)),
+         (  # A2
+             (28,  "3x3",  1,                  16,             1),
+             (14,  "tbs",  1,                  (8, 16, 8),     1),
+             (14,  "tbs",  (0.75, 2.75, 0.5),  (16, 24, 8),    1),
+             (7,   "tbs",  (0.75, 2.75, 0.5),  (16, 40, 8),    2),
+             (7,   "tbs",  (0.75, 3.75, 0.75), (32, 64, 8),    2),
+             (4,   "tbs",  (0.75, 3.75, 0.75), (48, 88, 8),    1),
+             (4,   "1x1",  None,               256,            1),
+             (1,   "fc",   None,               10,             1)),
+         (  # A3
+             (28,  "3x3",  1,                  16,             1),
+             (14,  "tbs",  1,                  (8, 16, 8),     1),
+             (14,  "tbs",  (0.75, 2.75, 0.5),  (16, 32, 8),    1),
+             (7,   "tbs",  (0.75, 3.25, 0.5),  (16, 48, 8),    2),
+             (7,   "tbs",  (0.75, 3.75, 0.75), (32, 72, 8),    3),
+             (4,   "tbs",  (0.75, 4.5, 0.75),  (48, 96, 8),    2),
+             (4,   "1x1",  None,               256,            1),
+             (1,   "fc",   None,               10,             1)),
+         (  # A4
+             (28,  "3x3",  1,                  16,             1),
+             (14,  "tbs",  1,                  (8, 16, 8),     1),
+             (14,  "tbs",  (0.75, 3.25, 0.5),  (16, 32, 8),    2),
+             (7,   "tbs",  (0.75, 3.75, 0.5),  (16, 48, 8),    3),
+             (7,   "tbs",  (0.75, 4.5, 0.75),  (32, 80, 8),    3),
+             (4,   "tbs",  (0.75, 4.5, 0.75),  (48, 112, 8),   2),
+             (4,   "1x1",  None,               256,            1),
+             (1,   "fc",   None,               10,             1)))
+
+
+class Block(NamedTuple):
+    """One searchable block ("tbs"): its row in the table, its place in that row, and what it can choose."""
+    row: int
+    place: int                # 0 for the first block of its row
+    expansions: tuple         # hidden width over input width, ascending
+    widths: tuple             # output channels, ascending
+    stride: int
+    residual: bool            # adds its input back: exactly the blocks that are not the first of their row
+    expand: bool              # has an expand convolution: all rows but the one with the literal expansion 1
+
+
+class Space(NamedTuple):
+    """One stage of the curriculum: everything that A0, or A1, .. can choose."""
+    name: str
+    stage: int
+    resolution: int           # pixels of the square input that the table is made for
+    stem: int                 # channels of the 3x3 convolution of stride 2 in front
+    head: int                 # channels of the 1x1 convolution at the end
+    blocks: tuple
+
+
+def round8(x):
+    """The nearest multiple of 8 (halves up) and at least 8: the rule for hidden and squeeze widths."""
+    return max(8, int(x + 4) // 8 * 8)
+
+
+def options(spec):
+    """`(low, high, step)`, inclusive, or one number -> the tuple of its values. ValueError if `high` is not met."""
+    if not isinstance(spec, tuple):
+        return (spec,)
+    low, high, step = spec
+    values = tuple(low + i * step for i in range(int((high - low) / step) + 1))
+    if values[-1] != high:
+        raise ValueError(f"({low}, {high}, {step}): steps of {step} from {low} do not end at {high}")
+    return values
+
+
+def read(table, name, stage):
+    """A literal table -> its `Space`."""
+    (resolution, _, _, stem, _), *rows, (_, _, _, head, _), _ = table
+    blocks = []
+    for r, (size, _, expansion, filters, n) in enumerate(rows):
+        stride = round(size / table[r + 2][0])                       # over the resolution of the row below
+        for place in range(n):
+            blocks.append(Block(r, place, options(expansion), options(filters), 1 if place else stride, place > 0,
+                                expand=expansion != 1))
+    return Space(name, stage, resolution, stem, head, tuple(blocks))
+
+
+def check_growth(small, large):
+    """ValueError unless `large` only adds options to `small`, so that one supernet can grow into the other."""
+    if (small.stem, small.head) != (large.stem, large.head):
+        raise ValueError(f"{large.name} A{large.stage}: stem and head may not change from A{small.stage}")
+    grown = {(b.row, b.place): b for b in large.blocks}
+    for old in small.blocks:
+        new, where = grown.get((old.row, old.place)), f"{large.name} A{large.stage}, row {old.row + 2}"
+        if new is None:
+            raise ValueError(f"{where}: has fewer blocks than in A{small.stage}")
+        for what in ("expansions", "widths"):
+            before, after = getattr(old, what), getattr(new, what)
+            if after[:len(before)] != before:
+                raise ValueError(f"{where}: {what} {after} do not begin with {before} of A{small.stage}")
+        if (old.stride, old.expand) != (new.stride, new.expand):
+            raise ValueError(f"{where}: stride and expand convolution may not change from A{small.stage}")
+
+
+def _load(name, tables):
+    stages = tuple(read(table, name, stage) for stage, table in enumerate(tables))
+    for small, large in zip(stages, stages[1:]):
+        check_growth(small, large)
+    return stages
+
+
+SPACES = {"paper": _load("paper", PAPER), "small": _load("small", SMALL)}
+
+
+class ArchBlock(NamedTuple):
+    """One block of a network. `expand` says whether it has an expand convolution; see `Arch`."""
+    op: str
+    hidden: int
+    out: int
+    stride: int
+    residual: bool
+    expand: bool
+
+
+class Arch(NamedTuple):
+    """One network: what was chosen in every block, and where it was chosen (`space` and `stage`).
+
+    In JSON a block's `expand` is left out where it says the usual: there is an expand convolution exactly if `hidden`
+    differs from the input width. It must be said where rounding makes the two equal (0.75 x 16 gives 16).
+    """
+    space: str
+    stage: int
+    resolution: int
+    in_channels: int
+    classes: int
+    stem: int
+    head: int
+    blocks: tuple
+
+    def inputs(self):
+        """The input width of every block."""
+        return (self.stem, *(b.out for b in self.blocks[:-1]))
+
+    def to_json(self):
+        """The text of the JSON file, a line a block."""
+        rows = []
+        for i, b in zip(self.inputs(), self.blocks):
+            row = b._asdict()
+            if b.expand == (b.hidden != i):
+                del row["expand"]
+            rows.append("  " + json.dumps(row))
+        facts = ", ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in self._asdict().items() if k != "blocks")
+        return "{" + facts + ",\n \"blocks\": [\n" + ",\n".join(rows) + "\n ]}\n"
+
+    @classmethod
+    def from_json(cls, text):
+        """The `Arch` of a JSON text. ValueError, with the block and what is wrong in it, if it is not one."""
+        try:
+            found = json.loads(text)
+        except (json.JSONDecodeError, RecursionError, ValueError) as error:
+            raise ValueError(f"not JSON ({error})") from None
+        _keys(found, set(cls._fields), "the network")
+        if not isinstance(found["space"], str):
+            raise ValueError(f"space is {found['space']!r}, not a name")
+        for key, least in (("stage", 0), ("resolution", 1), ("in_channels", 1), ("classes", 2), ("stem", 1), ("head", 1)):
+            _whole(found[key], least, key)
+        if not isinstance(found["blocks"], list) or not found["blocks"]:
+            raise ValueError("blocks is not a list of at least one block")
+        blocks, width = [], found["stem"]
+        for n, row in enumerate(found["blocks"]):
+            where = f"block {n}"
+            _keys(row, set(ArchBlock._fields), where, optional={"expand"})
+            if not isinstance(row["op"], str) or row["op"] not in CANDIDATES:
+                raise ValueError(f"{where}: op {row['op']!r} is unknown, choose from {', '.join(CANDIDATES)}")
+            _whole(row["hidden"], 1, f"{where}: hidden")
+            _whole(row["out"], 1, f"{where}: out")
+            if row["stride"] not in (1, 2) or isinstance(row["stride"], bool):
+                raise ValueError(f"{where}: stride is {row['stride']!r}, not 1 or 2")
+            block = ArchBlock(**{"expand": row["hidden"] != width, **row})
+            for key in ("residual", "expand"):
+                if not isinstance(getattr(block, key), bool):
+                    raise ValueError(f"{where}: {key} is {getattr(block, key)!r}, not true or false")
+            if block.residual and block.stride != 1:
+                raise ValueError(f"{where}: a residual needs stride 1, but the stride is {block.stride}")
+            if not block.expand and block.hidden != width:
+                raise ValueError(f"{where}: hidden is {block.hidden} without an expand convolution, but {width} channels come in")
+            blocks.append(block)
+            width = block.out
+        found["blocks"] = tuple(blocks)
+        arch = cls(**found)
+        strides = math.prod(b.stride for b in blocks) * 2
+        if arch.resolution < strides // 2:
+            raise ValueError(f"resolution {arch.resolution} is too small for a total stride of {strides}")
+        return arch
+
+
+def _keys(found, names, where, optional=frozenset()):
+    if not isinstance(found, dict):
+        raise ValueError(f"{where} is not a JSON object")
+    for key in sorted(names - set(found) - optional):
+        raise ValueError(f"{where}: {key!r} is missing")
+    for key in sorted(set(found) - names):
+        raise ValueError(f"{where}: {key!r} is unknown")
+
+
+def _whole(value, least, what):
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{what} is {value!r}, not a whole number of at least {least}")
+
+
+def write(path, content):
+    """Write text or bytes to `path` whole or not at all: to a temporary file beside it, which then takes its name."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

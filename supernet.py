@@ -1,0 +1,144 @@
+"""The SuperNet: Gumbel two-path sampling over operation, expansion and width, with channel masks (Architecture Space).
+
+Every block chooses three times: an operation of Table 2, an expansion, an output width. Each choice has its logits, the
+architecture parameters alpha. A step draws two options of each without replacement (Gumbel top-2) and weights them by
+the softmax of their perturbed logits over the temperature. Only these two paths are computed, forward and backward.
+"""
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ops import InvertedResidual, add_residual, conv, mask, norm
+from space import CANDIDATES, round8
+
+CHOICES = ("op", "expansion", "width")
+
+
+class Draw(NamedTuple):
+    """What one choice came to: the options (indices, ascending), and their weights (gates, one each, summing to 1)."""
+    options: tuple
+    gates: torch.Tensor
+
+
+def temperature(progress, first=5.0, last=0.1):
+    """The softmax temperature at `progress` in [0, 1] of a stage: it falls exponentially, from 5 to 0.1.
+
+    The paper is silent; these are common ends for Gumbel-softmax searches.
+    """
+    return first * (last / first) ** progress
+
+
+class MixedBlock(nn.Module):
+    """One searchable block: the eight candidates at their widest, and the logits of its three choices.
+
+    A choice with a single option (expansion 1 in row 2) has no logits.
+    """
+
+    def __init__(self, block, inputs):
+        super().__init__()
+        self.block = block
+        hidden, outputs = self.hidden(inputs, -1), block.widths[-1]
+        self.candidates = nn.ModuleList(InvertedResidual(op, inputs, hidden, outputs, block.stride, block.expand)
+                                        for op in CANDIDATES)
+        sizes = {"op": len(CANDIDATES), "expansion": len(block.expansions), "width": len(block.widths)}
+        self.alphas = nn.ParameterDict({name: torch.zeros(n) for name, n in sizes.items() if n > 1})
+
+    def hidden(self, inputs, option):
+        """Hidden width in channels: expansion x active input width, rounded to a multiple of 8."""
+        return round8(self.block.expansions[option] * inputs)
+
+    def forward(self, x, draws):
+        """x (B, i, H, W) -> (B, o, H', W') where o is the wider of the drawn widths."""
+        ops, expansions, widths = draws["op"], draws["expansion"], draws["width"]
+        hidden = tuple(self.hidden(x.shape[1], e) for e in (expansions.options[0], expansions.options[-1]))
+        low, high = (self.block.widths[w] for w in (widths.options[0], widths.options[-1]))
+        y = 0
+        for op, gate in zip(ops.options, ops.gates):
+            y = y + gate * self.candidates[op](x, hidden, expansions.gates, high)
+        if self.block.residual:
+            y = add_residual(y, x)
+        return y if low == high else y * mask(widths.gates, low, high).view(1, -1, 1, 1)
+
+
+class SuperNet(nn.Module):
+    """The supernet of one stage's `space`, for images of `in_channels` and `classes` labels.
+
+    generator: where the initial weights come from (He initialisation, Xavier for the classifier).
+    """
+
+    def __init__(self, space, in_channels, classes, generator):
+        super().__init__()
+        self.space = space
+        self.stem = nn.Conv2d(in_channels, space.stem, 3, 2, 1, bias=False)
+        self.stem_norm = nn.BatchNorm2d(space.stem)
+        blocks, width = [], space.stem
+        for block in space.blocks:
+            blocks.append(MixedBlock(block, width))
+            width = block.widths[-1]
+        self.blocks = nn.ModuleList(blocks)
+        self.head = nn.Conv2d(width, space.head, 1, bias=False)
+        self.head_norm = nn.BatchNorm2d(space.head)
+        self.classifier = nn.Linear(space.head, classes)
+        initialise(self, generator)
+
+    def weights(self):
+        """The network's parameters, w: trained by SGD on 5/6 of the training data."""
+        return [p for name, p in self.named_parameters() if ".alphas." not in name]
+
+    def alphas(self):
+        """The architecture parameters, alpha, in the order of blocks and `CHOICES`: trained by Adam on the other 1/6."""
+        return [a for block in self.blocks for a in block.alphas.values()]
+
+    def sample(self, tau, generator):
+        """Draw two paths at temperature tau: for each block a dict from `CHOICES` to `Draw`.
+
+        Gumbel top-2: the two largest of logits + Gumbel noise are a draw without replacement from their softmax. All
+        choices are drawn at once, so that an accelerator is read only once a step; the noise comes from the CPU's
+        `generator`, so that every device and process draws the same.
+        """
+        alphas = self.alphas()
+        noise = -torch.empty(sum(a.numel() for a in alphas)).exponential_(generator=generator).log()
+        perturbed = torch.cat(alphas) + noise.to(alphas[0].device)
+        start, drawn = 0, []
+        for values in perturbed.detach().cpu().split([a.numel() for a in alphas]):
+            pair = sorted(range(len(values)), key=values.tolist().__getitem__)[-2:]
+            drawn.append([start + option for option in sorted(pair)])
+            start += len(values)
+        gates = F.softmax(perturbed[torch.tensor(drawn, device=perturbed.device)] / tau, dim=1)   # (choices, 2)
+        pairs, start, single = iter(zip(drawn, gates)), 0, Draw((0,), gates.new_ones(1))
+        path = []
+        for block in self.blocks:
+            draws = dict.fromkeys(CHOICES, single)
+            for name, alpha in block.alphas.items():
+                options, weights = next(pairs)
+                draws[name] = Draw(tuple(option - start for option in options), weights)
+                start += alpha.numel()
+            path.append(draws)
+        return path
+
+    def path(self, options):
+        """The path of choices made: `options` is, for each block, (operation, expansion, width) as indices."""
+        single = torch.ones(1, device=self.classifier.weight.device)
+        return [{name: Draw((option,), single) for name, option in zip(CHOICES, chosen)} for chosen in options]
+
+    def forward(self, x, path):
+        """x (B, in_channels, H, W), a path from `sample` or `path` -> logits (B, classes)."""
+        x = conv(x, self.stem, self.space.stem).contiguous(memory_format=torch.channels_last)
+        x = F.hardswish(norm(x, self.stem_norm))
+        for block, draws in zip(self.blocks, path):
+            x = block(x, draws)
+        x = F.hardswish(norm(conv(x, self.head, self.space.head), self.head_norm))
+        return self.classifier(x.mean((2, 3)))
+
+
+def initialise(module, generator):
+    """He initialisation of every convolution and Xavier of the classifier, drawn from `generator`, biases zero."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+        elif isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight, generator=generator)
+        if isinstance(layer, (nn.Conv2d, nn.Linear)) and layer.bias is not None:
+            nn.init.zeros_(layer.bias)
