@@ -30,7 +30,8 @@ def generator(*position):
 
 def read_idx(path, dimensions):
     """The array in a gzip file of idx format: two zero bytes, type 8 (uint8), dimensions, sizes, values."""
-    raw = gzip.open(path).read()
+    with gzip.open(path) as file:
+        raw = file.read()
     start = 4 + 4 * dimensions
     if len(raw) < start or raw[:4] != bytes((0, 0, 8, dimensions)):
         raise ValueError(f"{path}: not an idx file of {dimensions} dimensions")

@@ -15,11 +15,14 @@ from supernet import CHOICES
 
 
 class Network(nn.Module):
-    """The stand-alone network of an `Arch`: images (B, in_channels, H, W) -> logits (B, classes)."""
+    """The stand-alone network of an `Arch`: images (B, in_channels, H, W) -> logits (B, classes).
 
-    def __init__(self, arch):
+    dropout: probability before the classifier, when training.
+    """
+
+    def __init__(self, arch, dropout=0.0):
         super().__init__()
-        self.arch = arch
+        self.arch, self.dropout = arch, dropout
         self.stem = nn.Conv2d(arch.in_channels, arch.stem, 3, 2, 1, bias=False)
         self.stem_norm = nn.BatchNorm2d(arch.stem)
         self.blocks = nn.ModuleList(InvertedResidual(b.op, inputs, b.hidden, b.out, b.stride, b.expand)
@@ -35,7 +38,7 @@ class Network(nn.Module):
             y = block(x)
             x = add_residual(y, x) if chosen.residual else y
         x = F.hardswish(norm(conv(x, self.head, self.arch.head), self.head_norm))
-        return self.classifier(x.mean((2, 3)))
+        return self.classifier(F.dropout(x.mean((2, 3)), self.dropout, self.training))
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ CO2E_LB_PER_KWH = 0.954
 KWH_PER_CORE_HOUR = 280 / 64 / 1000
 # MACs of the derived networks A0..A4: Table 3's for the paper's space. For ours, the MACs that lie where Table 3's lie
 # between the cheapest and the dearest network of their spaces (`targets` in tests/test_flops.py).
-TARGETS = {"paper": (107e6, 251e6, 369e6, 435e6, 512e6), "small": (0.9e6, 1.6e6, 2.4e6, 3.6e6, 5.2e6)}
+TARGETS = {"paper": (107e6, 251e6, 369e6, 435e6, 512e6), "small": (0.89e6, 1.65e6, 2.24e6, 3.72e6, 4.84e6)}
 
 
 class Layer(NamedTuple):

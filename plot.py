@@ -7,10 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")                                       # files only: works without a screen
-import matplotlib.pyplot as plt                             # noqa: E402
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")      # Okabe and Ito: told apart by all
 MARKS = "osD^vP"
@@ -22,7 +20,8 @@ def curve(runs, path):
     Open marks: with the supernet's weights, on the architecture split (summary.json). Filled: trained, on the test images
     (trained.json, which train.py leaves).
     """
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
+    figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     for n, run in enumerate(runs):
         style = {"color": COLOURS[n % len(COLOURS)], "marker": MARKS[n % len(MARKS)]}
         for file, words, more in (("summary.json", "supernet's weights, architecture split", {"mfc": "white", "ls": "--"}),
@@ -42,8 +41,7 @@ def curve(runs, path):
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    FigureCanvasAgg(figure).print_png(path)               # straight into a file: no screen is needed
 
 
 def main(argv=None):

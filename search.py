@@ -55,7 +55,8 @@ def search(args, out, device):
         else:
             old, supernet = supernet, grow(supernet, space, generator, args.widen)
             moved = movement(old, supernet, loader.batch(parts[1][:8])[0])
-            print(f"A{stage}: {describe(old, supernet)}; logits of the largest network moved by {moved:.1e}")
+            print(f"A{stage}: {describe(old, supernet)}; "
+                  f"the largest network's logits moved by {moved:.1e} of their size", flush=True)
         sgd = torch.optim.SGD(supernet.weights(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
         adam = torch.optim.Adam(supernet.alphas(), args.alpha_lr, betas=(0.5, 0.999))
         if resumed:
@@ -67,14 +68,14 @@ def search(args, out, device):
                 teacher.load_state_dict(run["teacher"])
             resumed = False
 
-        def save():
+        run["seconds"] += time.perf_counter() - clock
+        for row in train_stage(supernet, teacher, sgd, adam, loader, parts, args, run):      # an epoch each
+            run["log"].append(row)
+            run["seconds"] += row["seconds"]
             write(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in run["log"]))
             write(out / "last.pt", packed(run | {
                 "stage": stage, "supernet": supernet.state_dict(), "sgd": sgd.state_dict(), "adam": adam.state_dict(),
                 "teacher": teacher and teacher.state_dict(), "teacher_arch": teacher and teacher.arch.to_json()}))
-
-        run["seconds"] += time.perf_counter() - clock
-        train_stage(supernet, teacher, sgd, adam, loader, parts, args, run, save)
 
         clock = time.perf_counter()
         arch = derive(supernet, args.flops_target[stage])
@@ -96,10 +97,10 @@ def search(args, out, device):
     return run["summary"]
 
 
-def train_stage(supernet, teacher, sgd, adam, loader, parts, args, run, save):
+def train_stage(supernet, teacher, sgd, adam, loader, parts, args, run):
     """Train w and alpha by turns, each on its part of the data, from step run["step"] to the end of the stage.
 
-    At the end of each epoch a row joins run["log"] and `save` is called.
+    A generator: after each epoch it yields the epoch's row for the log.
     """
     stage, weights, alphas, table = supernet.space.stage, supernet.weights(), supernet.alphas(), space_costs(supernet)
     epoch_length, target = len(parts[0]) // args.batch_size, args.flops_target[stage]
@@ -139,12 +140,10 @@ def train_stage(supernet, teacher, sgd, adam, loader, parts, args, run, save):
                 bar.update()
                 if (step + 1 - first) % 50 == 0:              # now and then: reading a number waits for the device
                     report(bar, f"A{stage} step {step + 1}/{steps}", run["means"], tau, lam)
-        row = {"stage": stage, "epoch": epoch, "step": last, "steps": steps, **means(run["means"]), "temperature": tau,
-               "lambda": lam, "expected_macs": float(expected_macs(supernet, table)), "seconds": time.perf_counter() - clock}
-        run["log"].append(row)
+        found = means(run["means"])
         run["means"].clear()
-        run["seconds"] += row["seconds"]
-        save()
+        yield {"stage": stage, "epoch": epoch, "step": last, "steps": steps, **found, "temperature": tau, "lambda": lam,
+               "expected_macs": float(expected_macs(supernet, table)), "seconds": time.perf_counter() - clock}
 
 
 def two_paths(supernet, teacher, x, y, tau, lam, generator):
@@ -218,8 +217,8 @@ def table(summary):
 
 
 def parser():
-    p = argparse.ArgumentParser(prog="search.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = lambda message: p.exit(2, f"search.py: {message}\n")
+    p = one_line(argparse.ArgumentParser(prog="search.py", description=__doc__,
+                                         formatter_class=argparse.RawDescriptionHelpFormatter))
     g = p.add_argument_group("the curriculum")
     g.add_argument("--stages", type=int, choices=range(1, 6), default=5, help="how many of A0..A4 (5)")
     g.add_argument("--space", choices=SPACES, default="small", help="the paper's tables, or ours for small images (small)")
@@ -245,6 +244,12 @@ def parser():
     g.add_argument("--seed", type=int, default=0, help="the same seed gives the same run (0)")
     g.add_argument("--device", default="auto", help="cpu, cuda, .. (auto: an accelerator if there is one)")
     return p
+
+
+def one_line(parser):
+    """Let `parser` end a user's mistake in one line on stderr, with exit status 2, and without its usage."""
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
+    return parser
 
 
 def positive(text):
@@ -291,16 +296,17 @@ def settings(argv):
     if args.method != "cst":
         args.grow, args.distill = args.grow and args.method == "naive", False
         args.widen = "naive"
+    return args, choose_device(p, args.device)
+
+
+def choose_device(p, name):
+    """The torch device of that name; `auto` is an accelerator if there is one. Ends in p.error if it cannot be used."""
     try:
-        device = accelerator() if args.device == "auto" else torch.device(args.device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        p.error(f"--device {args.device}: {str(error).splitlines()[0]}")
-    return args, device
-
-
-def accelerator():
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+        if name == "auto":
+            return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        p.error(f"--device {name}: {str(error).splitlines()[0]}")
 
 
 def main(argv=None):

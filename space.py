@@ -4,6 +4,7 @@ Tables 1 and 5-8 (the spaces A0..A4) and Table 2 (the eight candidates) are copi
 them read: a `Space` is a chain of `Block`s, each with the options that the search chooses from. An `Arch` is one
 network: a chain of choices that were made.
 """
+import itertools
 import json
 import math
 import os
@@ -197,7 +198,7 @@ def check_growth(small, large):
 
 def _load(name, tables):
     stages = tuple(read(table, name, stage) for stage, table in enumerate(tables))
-    for small, large in zip(stages, stages[1:]):
+    for small, large in itertools.pairwise(stages):
         check_growth(small, large)
     return stages
 
@@ -250,46 +251,47 @@ class Arch(NamedTuple):
         """The `Arch` of a JSON text. ValueError, with the block and what is wrong in it, if it is not one."""
         try:
             found = json.loads(text)
-        except (json.JSONDecodeError, RecursionError, ValueError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"not JSON ({error})") from None
         _keys(found, set(cls._fields), "the network")
-        if not isinstance(found["space"], str):
-            raise ValueError(f"space is {found['space']!r}, not a name")
-        for key, least in (("stage", 0), ("resolution", 1), ("in_channels", 1), ("classes", 2), ("stem", 1), ("head", 1)):
+        _need(isinstance(found["space"], str), f"space is {found['space']!r}, not a name")
+        for key, least in zip(("stage", "resolution", "in_channels", "classes", "stem", "head"), (0, 1, 1, 2, 1, 1)):
             _whole(found[key], least, key)
-        if not isinstance(found["blocks"], list) or not found["blocks"]:
-            raise ValueError("blocks is not a list of at least one block")
+        _need(isinstance(found["blocks"], list) and found["blocks"], "blocks is not a list of at least one block")
         blocks, width = [], found["stem"]
         for n, row in enumerate(found["blocks"]):
-            where = f"block {n}"
-            _keys(row, set(ArchBlock._fields), where, optional={"expand"})
-            if not isinstance(row["op"], str) or row["op"] not in CANDIDATES:
-                raise ValueError(f"{where}: op {row['op']!r} is unknown, choose from {', '.join(CANDIDATES)}")
-            _whole(row["hidden"], 1, f"{where}: hidden")
-            _whole(row["out"], 1, f"{where}: out")
-            if row["stride"] not in (1, 2) or isinstance(row["stride"], bool):
-                raise ValueError(f"{where}: stride is {row['stride']!r}, not 1 or 2")
-            block = ArchBlock(**{"expand": row["hidden"] != width, **row})
-            for key in ("residual", "expand"):
-                if not isinstance(getattr(block, key), bool):
-                    raise ValueError(f"{where}: {key} is {getattr(block, key)!r}, not true or false")
-            if block.residual and block.stride != 1:
-                raise ValueError(f"{where}: a residual needs stride 1, but the stride is {block.stride}")
-            if not block.expand and block.hidden != width:
-                raise ValueError(f"{where}: hidden is {block.hidden} without an expand convolution, but {width} channels come in")
-            blocks.append(block)
-            width = block.out
-        found["blocks"] = tuple(blocks)
-        arch = cls(**found)
-        strides = math.prod(b.stride for b in blocks) * 2
-        if arch.resolution < strides // 2:
-            raise ValueError(f"resolution {arch.resolution} is too small for a total stride of {strides}")
+            blocks.append(_block(row, width, f"block {n}"))
+            width = blocks[-1].out
+        arch = cls(**found | {"blocks": tuple(blocks)})
+        strides = 2 * math.prod(b.stride for b in blocks)
+        _need(2 * arch.resolution > strides, f"resolution {arch.resolution} is too small for a total stride of {strides}")
         return arch
 
 
+def _block(row, inputs, where):
+    """The checked `ArchBlock` of a JSON object, behind a width of `inputs`."""
+    _keys(row, set(ArchBlock._fields), where, optional={"expand"})
+    _need(isinstance(row["op"], str) and row["op"] in CANDIDATES,
+          f"{where}: op {row['op']!r} is unknown, choose from {', '.join(CANDIDATES)}")
+    for key in ("hidden", "out", "stride"):
+        _whole(row[key], 1, f"{where}: {key}")
+    block = ArchBlock(**{"expand": row["hidden"] != inputs, **row})
+    _need(block.stride in (1, 2), f"{where}: stride is {block.stride}, not 1 or 2")
+    for key in ("residual", "expand"):
+        _need(isinstance(getattr(block, key), bool), f"{where}: {key} is {getattr(block, key)!r}, not true or false")
+    _need(block.stride == 1 or not block.residual, f"{where}: a residual needs stride 1, but the stride is {block.stride}")
+    _need(block.expand or block.hidden == inputs,
+          f"{where}: without an expand convolution hidden must be the {inputs} channels that come in, but is {block.hidden}")
+    return block
+
+
+def _need(condition, message):
+    if not condition:
+        raise ValueError(message)
+
+
 def _keys(found, names, where, optional=frozenset()):
-    if not isinstance(found, dict):
-        raise ValueError(f"{where} is not a JSON object")
+    _need(isinstance(found, dict), f"{where} is not a JSON object")
     for key in sorted(names - set(found) - optional):
         raise ValueError(f"{where}: {key!r} is missing")
     for key in sorted(set(found) - names):
@@ -297,8 +299,8 @@ def _keys(found, names, where, optional=frozenset()):
 
 
 def _whole(value, least, what):
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{what} is {value!r}, not a whole number of at least {least}")
+    _need(isinstance(value, int) and not isinstance(value, bool) and value >= least,
+          f"{what} is {value!r}, not a whole number of at least {least}")
 
 
 def write(path, content):

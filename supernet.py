@@ -65,10 +65,10 @@ class MixedBlock(nn.Module):
 class SuperNet(nn.Module):
     """The supernet of one stage's `space`, for images of `in_channels` and `classes` labels.
 
-    generator: where the initial weights come from (He initialisation, Xavier for the classifier).
+    generator: where the initial weights come from (None: torch's global one).
     """
 
-    def __init__(self, space, in_channels, classes, generator):
+    def __init__(self, space, in_channels, classes, generator=None):
         super().__init__()
         self.space = space
         self.stem = nn.Conv2d(in_channels, space.stem, 3, 2, 1, bias=False)
