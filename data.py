@@ -22,7 +22,8 @@ class Images(NamedTuple):
 def generator(*position):
     """A `torch.Generator` that is a function of whole numbers, such as (seed, stage, step).
 
-    Every draw of a run comes from one of these, so that a run can go on from any step without saved generator states.
+    Every draw of a run comes from one of these, so that a run can go on from any step without saved
+    generator states.
     """
     seed = np.random.SeedSequence(position).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed >> np.uint64(1)))

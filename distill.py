@@ -10,10 +10,10 @@ def ratio(progress, first=0.5, last=0.05):
 def loss(student_logits, teacher_logits, target, lam):
     """Eq. 4: (1 - lam) * hard + lam * soft.
 
-    student_logits, teacher_logits: (B, classes); target: labels (B,); lam in [0, 1]. Returns a scalar. Without a teacher
-    (None: A0 has none) or with lam = 0 it is the cross-entropy. The paper does not name the soft loss: we take the KL
-    divergence from the teacher's distribution at temperature 1, summed over classes and averaged over the batch. No
-    gradient reaches the teacher.
+    student_logits, teacher_logits: (B, classes); target: labels (B,); lam in [0, 1]. Returns a scalar.
+    Without a teacher (None: A0 has none) or with lam = 0 it is the cross-entropy. The paper does not name
+    the soft loss: we take the KL divergence from the teacher's distribution at temperature 1, summed over
+    classes and averaged over the batch. No gradient reaches the teacher.
     """
     hard = F.cross_entropy(student_logits, target)
     if teacher_logits is None or lam == 0:

@@ -1,9 +1,10 @@
 """SuperNet2SuperNet (Eqs. 1-3, Fig. 1): a larger supernet that computes what the smaller one computed.
 
-Wider: every set of channels that grows gets one map f (Eq. 1) from new channels to the old ones that they copy. Whatever
-produces or carries these channels is copied by it (Eq. 2); whatever consumes them shares its weights among the copies
-(Eq. 3). The sets are the outputs of a row, which its residuals tie together, and the hidden and squeezed channels of
-every candidate. Deeper: a new block at the end of its row starts as the identity.
+Wider: every set of channels that grows gets one map f (Eq. 1) from new channels to the old ones that they
+copy. Whatever produces or carries these channels is copied by it (Eq. 2); whatever consumes them shares
+its weights among the copies (Eq. 3). The sets are the outputs of a row, which its residuals tie together,
+and the hidden and squeezed channels of every candidate. Deeper: a new block at the end of its row starts
+as the identity.
 
 `widen` says how the new channels are consumed:
   eq3    the paper's: divided by the number of copies. The network of the largest widths computes the same; a narrower
@@ -33,7 +34,8 @@ def produce(weight, f):
 def consume(weight, f, widen):
     """Eq. 3: input channels (dimension 1) shared among the copies, or for `zero` none for the new ones.
 
-    weight (o, old, ..) -> (o, new, ..). The layout is PyTorch's, output first; the paper's is W[x, y, input, output].
+    weight (o, old, ..) -> (o, new, ..). The layout is PyTorch's, output first; the paper's is W[x, y,
+    input, output].
     """
     old = weight.shape[1]
     share = 1 / torch.bincount(f, minlength=old)[f] if widen == "eq3" else (torch.arange(len(f)) < old).float()
@@ -44,8 +46,8 @@ def consume(weight, f, widen):
 def grow(supernet, space, generator=None, widen="eq3"):
     """The supernet of `space`, the next stage, grown from `supernet`; which stays as it is.
 
-    Architecture parameters are inherited; a new width or expansion starts from the logit of the old largest, which it
-    equals in function; the choices of a new block start uniform.
+    Architecture parameters are inherited; a new width or expansion starts from the logit of the old
+    largest, which it equals in function; the choices of a new block start uniform.
     """
     if widen not in WIDENINGS:
         raise ValueError(f"widen is {widen!r}, choose from {', '.join(WIDENINGS)}")
@@ -120,11 +122,12 @@ def copy_norm(old, new, f, widen):
 
 
 def identity(candidate, generator):
-    """A new block's candidate: identity kernels, of the input's width and widened to the hidden width by Eqs. 1-3.
+    """A new block's candidate: identity kernels, of the input's width and widened to the hidden width by
+    Eqs. 1-3.
 
-    Batch norm, activation and squeeze-excite between the kernels would still change the function, and the block adds
-    its input back: so the scale of the last batch norm starts at zero, and block(x) = x exactly. Its gradient is not
-    zero, so the block learns from the first step.
+    Batch norm, activation and squeeze-excite between the kernels would still change the function, and the
+    block adds its input back: so the scale of the last batch norm starts at zero, and block(x) = x
+    exactly. Its gradient is not zero, so the block learns from the first step.
     """
     hidden, inputs = candidate.expand.weight.shape[:2]
     f = channel_map(inputs, hidden, generator)
@@ -148,7 +151,8 @@ def describe(old, new):
 
 @torch.no_grad()
 def movement(old, new, x):
-    """By how much growth moved the logits of the largest network on images x, relative to the largest of them.
+    """By how much growth moved the logits of the largest network on images x, relative to the largest of
+    them.
 
     The largest over all candidates, in eval mode. Float rounding leaves about 1e-6 where growth is exact.
     """

@@ -1,10 +1,11 @@
 """The eight inverted-residual candidates (Table 2), at any prefix width.
 
-A candidate is expand 1x1, depthwise kxk, squeeze-excite or not, project 1x1; each convolution is followed by batch norm
-and, but for the last, by ReLU or hswish. Its weights are kept at the widest. A narrower width is a prefix of them, so
-`forward` slices: what lies beyond the prefix is not computed.
+A candidate is expand 1x1, depthwise kxk, squeeze-excite or not, project 1x1; each convolution is followed
+by batch norm and, but for the last, by ReLU or hswish. Its weights are kept at the widest. A narrower
+width is a prefix of them, so `forward` slices: what lies beyond the prefix is not computed.
 
-Shapes: B batch; i, e, o input, expanded (hidden) and output channels; s squeezed channels; k kernel; H W pixels.
+Shapes: B batch; i, e, o input, expanded (hidden) and output channels; s squeezed channels; k kernel; H W
+pixels.
 """
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,10 @@ ACTIVATIONS = {"relu": F.relu, "hswish": F.hardswish}
 def conv(x, layer, outputs, columns=None):
     """The prefix of a convolution: the first `outputs` filters, over the channels that `x` (B, i, H, W) has.
 
-    `columns` (i,) scales the input channels; it is multiplied into the weights, which are far smaller than the image.
-    A 1x1 convolution is a matrix product over the pixels, and computed as one: it costs the same for a width never seen
-    before, whereas a convolution kernel is first generated for each new shape.
+    `columns` (i,) scales the input channels; it is multiplied into the weights, which are far smaller
+    than the image. A 1x1 convolution is a matrix product over the pixels, and computed as one: it costs
+    the same for a width never seen before, whereas a convolution kernel is first generated for each new
+    shape.
     """
     bias = None if layer.bias is None else layer.bias[:outputs]
     if layer.kernel_size == (1, 1):
@@ -41,8 +43,8 @@ def norm(x, layer):
 def mask(gates, low, high):
     """FBNetV2's channel mask for two widths low <= high, of which nothing beyond `high` is left: (high,).
 
-    gates: (2,), the weights of the two widths, summing to 1, or (1,) for one width alone. The sum of the two prefix
-    masks is 1 below `low` and the weight of `high` from there on.
+    gates: (2,), the weights of the two widths, summing to 1, or (1,) for one width alone. The sum of the
+    two prefix masks is 1 below `low` and the weight of `high` from there on.
     """
     return torch.cat([gates.new_ones(low), gates[-1].expand(high - low)])
 
@@ -75,9 +77,10 @@ class InvertedResidual(nn.Module):
     def forward(self, x, hidden=None, gates=None, outputs=None):
         """x (B, i, H, W) -> (B, outputs, H', W'), at prefix widths; without them, at the widest.
 
-        hidden: (low, high), the widths of the two sampled expansions (low = high for one), gates: their weights.
-        The mask of the expansion belongs after the depthwise batch norm and activation (before a batch norm it would
-        be divided out). All that follows is linear in the masked channels, so it scales the columns of the consumers.
+        hidden: (low, high), the widths of the two sampled expansions (low = high for one), gates: their
+        weights. The mask of the expansion belongs after the depthwise batch norm and activation (before a
+        batch norm it would be divided out). All that follows is linear in the masked channels, so it
+        scales the columns of the consumers.
         """
         low, high = hidden or (self.depthwise.in_channels,) * 2
         outputs = outputs or self.project.out_channels

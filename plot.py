@@ -14,11 +14,23 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")    
 MARKS = "osD^vP"
 
 
-def curve(runs, path):
-    """Accuracy against MACs (Fig. 3) and parameters (Fig. 4) of the networks of `runs`, folders; drawn into `path`.
+def table(summary):
+    """The rows of a summary.json as text, a line a stage and one for the whole search."""
+    lines = ["stage   MACs (M)  params (M)  accuracy (%)   seconds       kWh  CO2e (lb)"]
+    for r in summary:
+        right = "-" if r["accuracy"] is None else f"{100 * r['accuracy']:.1f}"
+        lines.append(f"A{r['stage']:<6}{r['flops'] / 1e6:>9.2f} {r['params'] / 1e6:>11.3f} {right:>13} "
+                     f"{r['seconds']:>9.1f} {r['kwh']:>9.5f} {r['co2e_lb']:>10.5f}")
+    seconds, kwh, co2e = (sum(r[key] for r in summary) for key in ("seconds", "kwh", "co2e_lb"))
+    return "\n".join([*lines, f"all    {'':>9} {'':>11} {'':>13} {seconds:>9.1f} {kwh:>9.5f} {co2e:>10.5f}"])
 
-    Open marks: with the supernet's weights, on the architecture split (summary.json). Filled: trained, on the test images
-    (trained.json, which train.py leaves).
+
+def curve(runs, path):
+    """Accuracy against MACs (Fig. 3) and parameters (Fig. 4) of the networks of `runs`, folders; drawn
+    into `path`.
+
+    Open marks: with the supernet's weights, on the architecture split (summary.json). Filled: trained, on
+    the test images (trained.json, which train.py leaves).
     """
     figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
@@ -28,7 +40,8 @@ def curve(runs, path):
                                   ("trained.json", "trained, test images", {})):
             if not (Path(run) / file).exists():
                 continue
-            rows = sorted(json.loads((Path(run) / file).read_text()), key=lambda row: row["flops"])
+            rows = [row for row in json.loads((Path(run) / file).read_text()) if row["accuracy"] is not None]
+            rows.sort(key=lambda row: row["flops"])
             label = words if len(runs) == 1 else f"{Path(run).name}: {words}"
             for axis, key in zip(axes, ("flops", "params")):
                 axis.plot([row[key] / 1e6 for row in rows], [100 * row["accuracy"] for row in rows], label=label, **style, **more)

@@ -1,8 +1,8 @@
 """What can be chosen, and what has been: the paper's tables as literal tables, and an `Arch` as JSON.
 
-Tables 1 and 5-8 (the spaces A0..A4) and Table 2 (the eight candidates) are copied column by column. `SPACES` holds
-them read: a `Space` is a chain of `Block`s, each with the options that the search chooses from. An `Arch` is one
-network: a chain of choices that were made.
+Tables 1 and 5-8 (the spaces A0..A4) and Table 2 (the eight candidates) are copied column by column.
+`SPACES` holds them read: a `Space` is a chain of `Block`s, each with the options that the search chooses
+from. An `Arch` is one network: a chain of choices that were made.
 """
 import itertools
 import json
@@ -21,9 +21,9 @@ CANDIDATES = {"ir_k3":       (3, False, "relu"),
               "ir_k3_se_hs": (3, True,  "hswish"),
               "ir_k5_se_hs": (5, True,  "hswish")}
 
-# (low, high, step) are inclusive; n is the number of blocks. A row's stride is its input resolution over the next
-# row's. The paper's Input column also names a channel count, which it did not update from Table 1 to Tables 5-8: a
-# row's input width is the output of the row above, so only the resolution stands here.
+# (low, high, step) are inclusive; n is the number of blocks. A row's stride is its input resolution over
+# the next row's. The paper's Input column also names a channel count, which it did not update from Table
+# 1 to Tables 5-8: a row's input width is the output of the row above, so only the resolution stands here.
 #             input  block  expansion          filters         n
 PAPER = ((  # Table 1: A0
              (224, "3x3",  1,                  16,             1),
@@ -81,8 +81,9 @@ PAPER = ((  # Table 1: A0
              (7,   "1x1",  None,               1280,           1),
              (1,   "fc",   None,               1000,           1)))
 
-# The same rows and rules for images of 28-32 pixels on a CPU: strides 2, 1, 2, 1, 2, 1 become 2, 1, 2, 1, 2 (7x7 pixels
-# are left where the paper has 14x14), widths and expansions are about halved, and depth grows from 5 blocks to 11.
+# The same rows and rules for images of 28-32 pixels on a CPU: strides 2, 1, 2, 1, 2, 1 become 2, 1, 2, 1,
+# 2 (7x7 pixels are left where the paper has 14x14), widths and expansions are about halved, and depth
+# grows from 5 blocks to 11.
 SMALL = ((  # A0
              (28,  "3x3",  1,                  16,             1),
              (14,  "tbs",  1,                  (8, 16, 8),     1),
@@ -219,8 +220,9 @@ class ArchBlock(NamedTuple):
 class Arch(NamedTuple):
     """One network: what was chosen in every block, and where it was chosen (`space` and `stage`).
 
-    In JSON a block's `expand` is left out where it says the usual: there is an expand convolution exactly if `hidden`
-    differs from the input width. It must be said where rounding makes the two equal (0.75 x 16 gives 16).
+    In JSON a block's `expand` is left out where it says the usual: there is an expand convolution exactly
+    if `hidden` differs from the input width. It must be said where rounding makes the two equal (0.75 x
+    16 gives 16).
     """
     space: str
     stage: int

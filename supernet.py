@@ -1,8 +1,10 @@
-"""The SuperNet: Gumbel two-path sampling over operation, expansion and width, with channel masks (Architecture Space).
+"""The SuperNet: Gumbel two-path sampling over operation, expansion and width, with channel masks
+(Architecture Space).
 
-Every block chooses three times: an operation of Table 2, an expansion, an output width. Each choice has its logits, the
-architecture parameters alpha. A step draws two options of each without replacement (Gumbel top-2) and weights them by
-the softmax of their perturbed logits over the temperature. Only these two paths are computed, forward and backward.
+Every block chooses three times: an operation of Table 2, an expansion, an output width. Each choice has
+its logits, the architecture parameters alpha. A step draws two options of each without replacement
+(Gumbel top-2) and weights them by the softmax of their perturbed logits over the temperature. Only these
+two paths are computed, forward and backward.
 """
 from typing import NamedTuple
 
@@ -94,9 +96,9 @@ class SuperNet(nn.Module):
     def sample(self, tau, generator):
         """Draw two paths at temperature tau: for each block a dict from `CHOICES` to `Draw`.
 
-        Gumbel top-2: the two largest of logits + Gumbel noise are a draw without replacement from their softmax. All
-        choices are drawn at once, so that an accelerator is read only once a step; the noise comes from the CPU's
-        `generator`, so that every device and process draws the same.
+        Gumbel top-2: the two largest of logits + Gumbel noise are a draw without replacement from their
+        softmax. All choices are drawn at once, so that an accelerator is read only once a step; the noise
+        comes from the CPU's `generator`, so that every device and process draws the same.
         """
         alphas = self.alphas()
         noise = -torch.empty(sum(a.numel() for a in alphas)).exponential_(generator=generator).log()
@@ -131,6 +133,21 @@ class SuperNet(nn.Module):
             x = block(x, draws)
         x = F.hardswish(norm(conv(x, self.head, self.space.head), self.head_norm))
         return self.classifier(x.mean((2, 3)))
+
+
+def step_sampled(optimizer, alphas):
+    """An optimiser step for the options that have a gradient: momentum does not move the others."""
+    before = [a.detach().clone() for a in alphas]
+    optimizer.step()
+    with torch.no_grad():
+        for alpha, old in zip(alphas, before):
+            alpha.copy_(torch.where(alpha.grad == 0, old, alpha))
+    optimizer.zero_grad()
+
+
+def require_grad(parameters, on):
+    for p in parameters:
+        p.requires_grad_(on)
 
 
 def initialise(module, generator):

@@ -3,8 +3,9 @@
     python train.py runs/001            # A0.json, A1.json, .. of a run, then the curve
     python train.py runs/001/A3.json
 
-The whole training set; SGD with Nesterov momentum, linear warm-up and a cosine to zero, label smoothing, weight decay of
-weight matrices alone, dropout before the classifier. The network of the last epoch counts: the test images choose nothing.
+The whole training set; SGD with Nesterov momentum, linear warm-up and a cosine to zero, label smoothing,
+weight decay of weight matrices alone, dropout before the classifier. The network of the last epoch
+counts: the test images choose nothing.
 """
 import argparse
 import json
@@ -19,20 +20,20 @@ from tqdm import tqdm
 import data
 import flops
 import plot
-from derive import Network, accuracy, inherit
-from search import choose_device, learning_rate, one_line, packed, positive, whole
-from space import SPACES, Arch, write
-from supernet import SuperNet, initialise
+from derive import Network, accuracy, inherit, open_supernet
+from search import choose_device, learning_rate, load_data, number, one_line, packed
+from space import Arch, write
+from supernet import initialise
 
 # The paper trains 180 epochs on ImageNet; what else it does not say, and all for the small space, is ours.
 DEFAULTS = {"paper": {"epochs": 180, "batch_size": 1024, "lr": 0.4, "dropout": 0.2},
-            "small": {"epochs": 3, "batch_size": 64, "lr": 0.1, "dropout": 0.0}}
+            "small": {"epochs": 3, "batch_size": 64, "lr": 0.2, "dropout": 0.0}}
 BATCHES, INITIAL = range(10, 12)                          # what is drawn: with seed and stage it seeds a generator
 
 
 def train(network, loader, index, tester, test_index, args, stage):
-    """Train `network` on the images at `index`; after each epoch yields its row: epoch, loss, accuracy on the images of
-    the `Loader` tester at `test_index`, seconds.
+    """Train `network` on the images at `index`; after each epoch yields its row: epoch, loss, accuracy on
+    the images of the `Loader` tester at `test_index`, seconds.
     """
     decayed, others = [], []
     for p in network.parameters():
@@ -60,14 +61,12 @@ def train(network, loader, index, tester, test_index, args, stage):
                "accuracy": accuracy(network, tester.ordered(test_index)), "seconds": time.perf_counter() - clock}
 
 
-def initial(arch, args, run):
-    """A `Network` of `arch` with random weights, or with those of the run's supernet of its stage."""
+def initial(arch, args, folder):
+    """A `Network` of `arch` with random weights, or with those of the supernet of its stage, in its folder."""
     network = Network(arch, args.dropout)
     initialise(network, data.generator(args.seed, arch.stage, INITIAL))
     if args.init == "inherit":
-        supernet = SuperNet(SPACES[arch.space][arch.stage], arch.in_channels, arch.classes)
-        supernet.load_state_dict(torch.load(run / f"A{arch.stage}.pt", weights_only=True, map_location="cpu"))
-        inherit(network, supernet)
+        inherit(network, open_supernet(folder, arch.stage))
     return network
 
 
@@ -78,16 +77,16 @@ def parser():
     p.add_argument("--init", choices=("scratch", "inherit"), default="scratch", help="random weights, as in the paper, or "
                    "those of the supernet, from the .pt file beside the network (scratch)")
     p.add_argument("--data", choices=data.NAMES, default="fashion", help="as in search.py (fashion)")
-    p.add_argument("--epochs", type=whole, help="(180 for the paper's space, as there; 3 for small)")
-    p.add_argument("--batch-size", type=whole, metavar="B", help="(1024; 64)")
-    p.add_argument("--lr", type=positive, help="peak learning rate (0.4; 0.1)")
-    p.add_argument("--weight-decay", type=float, default=1e-4, help="of weight matrices, not of batch norm and biases (1e-4)")
-    p.add_argument("--smoothing", type=float, default=0.1, help="label smoothing (0.1)")
-    p.add_argument("--dropout", type=float, help="before the classifier (0.2; 0)")
+    p.add_argument("--epochs", type=number(int, 1), help="(180 for the paper's space, as there; 3 for small)")
+    p.add_argument("--batch-size", type=number(int, 1), metavar="B", help="(1024; 64)")
+    p.add_argument("--lr", type=number(float, 1e-9), help="peak learning rate (0.4; 0.2)")
+    p.add_argument("--weight-decay", type=number(float, 0), default=1e-4, help="of weight matrices, not of batch norm and biases (1e-4)")
+    p.add_argument("--smoothing", type=number(float, 0), default=0.1, help="label smoothing (0.1)")
+    p.add_argument("--dropout", type=number(float, 0), help="before the classifier (0.2; 0)")
     p.add_argument("--validate", action="store_true", help="to choose settings by: train on 5/6 of the training images, and "
                    "report accuracy on the other 1/6 instead of the test images")
     p.add_argument("--out", type=Path, metavar="DIR", help="folder of the results (the network's own)")
-    p.add_argument("--seed", type=int, default=0, help="the same seed gives the same run (0)")
+    p.add_argument("--seed", type=number(int, 0), default=0, help="the same seed gives the same run (0)")
     p.add_argument("--device", default="auto", help="cpu, cuda, .. (auto: an accelerator if there is one)")
     return p
 
@@ -115,7 +114,7 @@ def main(argv=None):
     archs, folder = networks(p, args.what)
     out, device = args.out or folder, choose_device(p, args.device)
     out.mkdir(parents=True, exist_ok=True)
-    images, test = data.load(args.data, "train"), data.load(args.data, "test")
+    images, test = load_data(p, args.data, "train"), load_data(p, args.data, "test")
     index = torch.arange(len(images.labels))
     if args.validate:
         index, held_out = data.split(images.labels, args.seed)
@@ -124,8 +123,7 @@ def main(argv=None):
     rows = json.loads(results.read_text()) if results.exists() else []
     for name, arch in archs.items():
         for key, value in DEFAULTS["paper" if arch.space == "paper" else "small"].items():
-            if getattr(args, key) is None:
-                setattr(args, key, value)
+            setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
         torch.manual_seed(args.seed)                          # dropout's draws
         network = initial(arch, args, folder).to(device)
         stats = data.statistics(images, index)
