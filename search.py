@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import math
+import resource
 import signal
 import sys
 import time
@@ -66,8 +67,7 @@ def search(args, images, out, device, caught):
             moved = movement(old, supernet, loader.batch(parts[1][:8])[0])
             print(f"A{stage}: {describe(old, supernet)}; "
                   f"the largest network's logits moved by {moved:.1e} of their size", flush=True)
-        sgd = torch.optim.SGD(supernet.weights(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
-        adam = torch.optim.Adam(supernet.alphas(), args.alpha_lr, betas=(0.5, 0.999))
+        sgd, adam = optimisers(supernet, args)
         if resumed:
             supernet.load_state_dict(run["supernet"])
             sgd.load_state_dict(run["sgd"])
@@ -164,6 +164,49 @@ def train_stage(supernet, teacher, sgd, adam, loader, parts, args, run, caught):
         yield row
 
 
+def dry_run(args, images, device):
+    """What the run would cost, as text, a line a stage: five steps of each, measured, stand for all of its steps."""
+    parts = data.split(images.labels, args.seed)
+    loader = data.Loader(images, data.statistics(images, parts[0]), args.batch_size, device)
+    shape = {"in_channels": images.pixels.shape[1], "classes": images.classes}
+    lines = ["stage  blocks  MACs (M) cheapest..dearest   steps  s/step     hours  peak GB       kWh  CO2e (lb)"]
+    teacher, total = None, [0.0, 0.0, 0.0]
+    for stage in range(1 if args.method == "scaling" else args.stages):
+        steps = schedule(args, stage, parts)[1]
+        supernet = SuperNet(SPACES[args.space][stage]._replace(resolution=images.pixels.shape[-1]), **shape).to(device)
+        sgd, adam = optimisers(supernet, args)
+        ten = {**vars(args), "epochs": [10 * args.batch_size / len(parts[0])] * 5, "checkpoint_every": 5}
+        training = train_stage(supernet, teacher, sgd, adam, loader, parts, argparse.Namespace(**ten),
+                               {"step": 0, "means": {}}, [])
+        next(training)                              # five steps to warm up, and five to measure
+        clock = time.perf_counter()
+        next(training)
+        step = (time.perf_counter() - clock) / 5
+        cost = flops.energy(step * steps, device)
+        total = [a + b for a, b in zip(total, cost)]
+        ends = [macs / 1e6 for macs in flops.bounds(space_costs(supernet))]
+        lines.append(f"A{stage}     {len(supernet.blocks):>6}  {ends[0]:>12.1f}..{ends[1]:<12.1f} {steps:>7} {step:>7.3f} "
+                     f"{cost[0]:>9.3f} {peak_memory(device):>8.1f} {cost[1]:>9.4f} {cost[2]:>10.4f}")
+        teacher = Network(derive(supernet)).to(device).eval() if args.distill else None
+    lines.append(f"all{'':51}{total[0]:>9.3f} {'':>8} {total[1]:>9.4f} {total[2]:>10.4f}")
+    if args.space == "paper":
+        lines.append("The paper: 456 hours of a V100, 135.96 kWh, 129.70 lb of CO2e (Table 4).")
+    return "\n".join([*lines, "Hours are of one device; energy is an estimate (flops.py says from what)."])
+
+
+def peak_memory(device):
+    """GB that this process has held at most: of the accelerator's memory, or on a CPU of the machine's."""
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    return torch.accelerator.max_memory_allocated(device) / 2 ** 30
+
+
+def optimisers(supernet, args):
+    """SGD with momentum for the weights and Adam for the architecture, the paper's. The rest is ours."""
+    return (torch.optim.SGD(supernet.weights(), args.lr, momentum=0.9, weight_decay=args.weight_decay),
+            torch.optim.Adam(supernet.alphas(), args.alpha_lr, betas=(0.5, 0.999)))
+
+
 def schedule(args, stage, parts):
     """(weight steps an epoch, weight steps of the stage)."""
     epoch_length = len(parts[0]) // args.batch_size
@@ -244,6 +287,7 @@ def parser():
     g = p.add_argument_group("the run")
     g.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (the next of runs/001, runs/002, ..)")
     g.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings")
+    g.add_argument("--dry-run", action="store_true", help="measure a few steps, print what the run would cost, and stop")
     g.add_argument("--checkpoint-every", type=number(int, 1), default=500, metavar="N",
                    help="steps between checkpoints within an epoch; a kill loses no more than these (500)")
     g.add_argument("--seed", type=number(int, 0), default=0, help="the same seed gives the same run (0)")
@@ -340,8 +384,12 @@ def main(argv=None):
     args = settings(p, argv)
     device = choose_device(p, args.device)
     images = load_data(p, args.data, "train")
+    if args.batch_size > len(images.labels) // 6:
+        p.error(f"--batch-size {args.batch_size} is more than the {len(images.labels) // 6} images of the architecture part")
+    if args.dry_run:
+        return print(dry_run(args, images, device))
     args.out.mkdir(parents=True, exist_ok=True)
-    kept = {key: value for key, value in vars(args).items() if key not in ("out", "resume")}
+    kept = {key: value for key, value in vars(args).items() if key not in ("out", "resume", "dry_run")}
     write(args.out / "args.json", json.dumps(kept, indent=1) + "\n")
     print(f"{args.method} on {args.data}, seed {args.seed}, into {args.out}", flush=True)
     with signals() as caught:
