@@ -1,20 +1,28 @@
 """From a supernet to a network: its most likely one, or the most likely under any FLOPs budget (Table 3).
 
+    python derive.py runs/001 --flops 2M
+
 A network is a chain of choices, and what a block costs depends on its own choices and the width before
 it. So for a given price of a MAC the best network, the one of the largest log-likelihood - price x MACs,
 is found exactly by dynamic programming over the widths (Viterbi), the price that meets a budget by
 bisection, and what it misses by a short search.
 """
+import argparse
 import itertools
+import json
+import pickle
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flops import bounds, costs, expected, macs
+import data
+from flops import amount, bounds, costs, expected, macs, params
 from ops import InvertedResidual, add_residual, conv, norm
-from space import CANDIDATES, SPACES, Arch, ArchBlock, round8
+from space import CANDIDATES, SPACES, Arch, ArchBlock, round8, write
 from supernet import CHOICES, SuperNet
 
 RECALIBRATION = 32              # training batches that measure a derived network's batch-norm statistics
@@ -311,3 +319,114 @@ def open_supernet(folder, stage):
     supernet = SuperNet(space, found.in_channels, found.classes)
     supernet.load_state_dict(torch.load(folder / f"A{stage}.pt", map_location="cpu", weights_only=True))
     return supernet
+
+
+def choose(supernets, cost, budget, near=False):
+    """The network for a budget from several stages: (lost, supernet, (options, log-likelihood, cost)).
+
+    Log-likelihoods of different spaces do not compare. What the budget takes from a stage's most likely
+    network does, in nats: the stage that loses the least (of equals the last) searched networks of this size.
+    near: not the most likely within the budget, but what comes nearest to it from below at a price, even a
+    negative one. ValueError, with the bounds, for a budget that no network meets or every one.
+    """
+    best, ends = None, []
+    for supernet in supernets:
+        log_p, table = log_probabilities(supernet), space_costs(supernet, cost)
+        ends += bounds(table)
+        if not ends[-2] <= budget <= ends[-1]:
+            continue
+        found = bisect(log_p, table, budget, -1e3 / budget)[1] if near else most_likely(log_p, table, budget)
+        lost = viterbi(log_p, table, 0.0)[1] - found[1]
+        if best is None or lost <= best[0]:
+            best = lost, supernet, found
+    if best is None:
+        raise ValueError(f"{budget:,.0f} is out of reach: networks have {min(ends):,.0f} to {max(ends):,.0f} {cost}")
+    return best
+
+
+def alternatives(supernet, cost, budget, count):
+    """Up to `count` of the most likely networks near and within a budget, as `choose` gives one, best first."""
+    log_p, table = log_probabilities(supernet), space_costs(supernet, cost)
+    first = most_likely(log_p, table, budget)
+    price = 0.0 if viterbi(log_p, table, 0.0)[2] <= budget else bisect(log_p, table, budget, 0.0)[0]
+    others = viterbi_list(log_p, table, price, 4 * count)
+    return [first, *(n for n in others if n[2] <= budget and n[0] != first[0])][:count]
+
+
+def parser():
+    p = argparse.ArgumentParser(prog="derive.py", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = lambda message: p.exit(2, f"derive.py: {message}\n")
+    p.add_argument("run", type=Path, metavar="RUN", help="folder of a search")
+    p.add_argument("--stage", type=int, choices=range(5), help="one of A0..A4 (all that the run has)")
+    g = p.add_mutually_exclusive_group(required=True)
+    g.add_argument("--flops", type=amount, metavar="F", help="a budget of MACs, as in 2M; suffixes k, M, G")
+    g.add_argument("--params", type=amount, metavar="P", help="a budget of parameters, as in 100k")
+    g.add_argument("--points", type=int, choices=range(2, 1001), metavar="N",
+                   help="the front: N networks from the cheapest to the dearest, each measured (2 to 1000)")
+    p.add_argument("--refine", type=int, choices=range(1, 1001), default=1, metavar="N",
+                   help="measure the N most likely networks near the budget and take the best (1: none)")
+    p.add_argument("--out", type=Path, metavar="FILE", help="the JSON file (in the run's folder)")
+    return p
+
+
+def main(argv=None):
+    p = parser()
+    args = p.parse_args(argv)
+    try:
+        settings = json.loads((args.run / "args.json").read_text())
+        stages = [k for k in range(5) if (args.run / f"A{k}.pt").exists() and args.stage in (None, k)]
+        supernets = [open_supernet(args.run, k) for k in stages]
+    except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        p.error(f"{args.run} is not the folder of a run ({str(error).splitlines()[0]})")
+    if 0 in (args.flops, args.params):
+        p.error("a budget must be above 0")
+    if not supernets:
+        p.error(f"{args.run} has no A{'0' if args.stage is None else args.stage}.pt: no such stage was finished")
+    if args.points or args.refine > 1:
+        images = data.load(settings["data"], "train")
+        parts = data.split(images.labels, settings["seed"])
+        loader = data.Loader(images, data.statistics(images, parts[0]), settings["batch_size"])
+    if args.points:
+        ends = [end for supernet in supernets for end in bounds(space_costs(supernet))]
+        rows = []
+        for budget in np.geomspace(min(ends), max(ends), args.points):
+            lost, supernet, found = choose(supernets, "macs", min(max(budget, min(ends)), max(ends)), near=True)
+            right = measure(arch(supernet, found[0]), supernet, loader, parts, settings["seed"])[1]
+            rows.append(told(supernet, found, right))
+        path, content = args.out or args.run / "points.json", json.dumps(rows, indent=1) + "\n"
+    else:
+        cost, budget = ("macs", args.flops) if args.flops else ("params", args.params)
+        try:
+            lost, supernet, found = choose(supernets, cost, budget)
+        except ValueError as error:
+            p.error(str(error))
+        if args.refine > 1:
+            ranked = []
+            for candidate in alternatives(supernet, cost, budget, args.refine):
+                right = measure(arch(supernet, candidate[0]), supernet, loader, parts, settings["seed"])[1]
+                told(supernet, candidate, right)
+                ranked.append((right, candidate))
+            found = max(ranked, key=lambda pair: pair[0])[1]
+            print("best:")
+        told(supernet, found)
+        print(f"{100 * (1 - found[2] / budget):.2f} % under the budget; it costs {lost:.2f} nats of likelihood")
+        name = f"{'flops' if args.flops else 'params'}-{budget:.0f}.json"
+        path, content = args.out or args.run / name, arch(supernet, found[0]).to_json()
+    write(path, content)
+    print(f"written: {path}")
+
+
+def told(supernet, found, right=None):
+    """Print a network, (options, log-likelihood, cost), as a line; returns its row for a JSON file."""
+    network = arch(supernet, found[0])
+    row = {"stage": network.stage, "flops": macs(network), "params": params(network), "log_likelihood": found[1],
+           "accuracy": right, "arch": json.loads(network.to_json())}
+    measured = "" if right is None else f"  {100 * right:5.1f} % of the architecture part"
+    print(f"A{row['stage']}  {row['flops'] / 1e6:8.3f} M MACs  {row['params'] / 1e6:7.3f} M parameters  "
+          f"log-likelihood {found[1]:8.2f}{measured}", flush=True)
+    return row
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,24 +1,35 @@
 """What a network and a search cost: MACs, parameters, hours, kWh and CO2e (Tables 3 and 4).
 
-The paper's "FLOPs" are multiply-accumulates (MACs) of one image, in convolutions and the classifier. Batch norm,
-activations, pooling and biases are not counted.
+    python flops.py --space paper        # A0..A4: the cheapest, middle and dearest network, beside Table 3
+    python flops.py runs/001/A3.json     # a network, layer by layer
+
+The paper's "FLOPs" are multiply-accumulates (MACs) of one image, in convolutions and the classifier. Batch
+norm, activations, pooling and biases are not counted.
 """
+import argparse
+import ctypes
+import math
 import os
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from space import CANDIDATES
+from space import CANDIDATES, SPACES, Arch, ArchBlock, round8
 
-# Table 4: 456 GPU hours took 135.96 kWh; every row has this factor.
+# Table 4's total: 456 GPU hours took 135.96 kWh. Its rows differ from this factor by up to 0.3 %.
 KWH_PER_GPU_HOUR = 135.96 / 456
-# Strubell, Ganesh and McCallum 2019, whom the paper follows; every row of Table 4 but ProxylessNAS's has this factor.
+# Strubell, Ganesh and McCallum 2019, whom the paper follows: all rows of Table 4 but ProxylessNAS's have it.
 CO2E_LB_PER_KWH = 0.954
 # An estimate for a CPU: the thermal design power of an AMD EPYC 7763, 280 W for 64 cores.
 KWH_PER_CORE_HOUR = 280 / 64 / 1000
-# MACs of the derived networks A0..A4: Table 3's for the paper's space. For ours, the MACs that lie where Table 3's lie
-# between the cheapest and the dearest network of their spaces (`targets` in tests/test_flops.py).
-TARGETS = {"paper": (107e6, 251e6, 369e6, 435e6, 512e6), "small": (0.89e6, 1.65e6, 2.24e6, 3.72e6, 4.84e6)}
+# MACs of the derived networks A0..A4: Table 3's for the paper's space. For ours, those that lie between the
+# cheapest and the dearest network of their space where Table 3's do, by `position`.
+TARGETS = {"paper": (107e6, 251e6, 369e6, 435e6, 512e6),
+           "small": (0.89e6, 1.65e6, 2.24e6, 3.72e6, 4.84e6)}
+TABLE3_PARAMS = (2.3e6, 3.4e6, 5.8e6, 7.2e6, 8.4e6)
+IMAGES = {"paper": (3, 1000), "small": (1, 10)}              # channels and classes that the tables are for
 
 
 class Layer(NamedTuple):
@@ -45,8 +56,9 @@ def candidate(op, inputs, hidden, outputs, expand, stride, pixels):
     layers = []
     if expand:
         layers.append(Layer("expand", inputs * hidden * pixels ** 2, (inputs + 2) * hidden, hidden, pixels))
-    layers.append(Layer("depthwise", hidden * kernel ** 2 * after ** 2, hidden * (kernel ** 2 + 2), hidden, after))
-    if se:                                       # round8(hidden / 4), in whole numbers so that tensors go as well
+    taps = kernel ** 2
+    layers.append(Layer("depthwise", hidden * taps * after ** 2, hidden * (taps + 2), hidden, after))
+    if se:                                   # round8(hidden / 4), in whole numbers so that tensors go as well
         squeezed = (hidden + 16) // 32 * 8
         squeezed = squeezed + (8 - squeezed) * (squeezed < 8)
         layers.append(Layer("squeeze", hidden * squeezed, (hidden + 1) * squeezed, squeezed, 1))
@@ -57,12 +69,12 @@ def candidate(op, inputs, hidden, outputs, expand, stride, pixels):
 
 def stem(in_channels, outputs, resolution):
     """The `Layer` of the 3x3 convolution of stride 2 with its batch norm."""
-    pixels = half(resolution)
-    return Layer("stem", 9 * in_channels * outputs * pixels ** 2, (9 * in_channels + 2) * outputs, outputs, pixels)
+    pixels, taps = half(resolution), 9 * in_channels
+    return Layer("stem", taps * outputs * pixels ** 2, (taps + 2) * outputs, outputs, pixels)
 
 
 def head(inputs, outputs, classes, pixels):
-    """The `Layer`s of the 1x1 convolution with its batch norm, and of the classifier behind the average over pixels."""
+    """The `Layer`s of the 1x1 convolution with its batch norm, and of the classifier behind the mean."""
     return [Layer("head", inputs * outputs * pixels ** 2, (inputs + 2) * outputs, outputs, pixels),
             Layer("classifier", outputs * classes, (outputs + 1) * classes, classes, 1)]
 
@@ -87,25 +99,27 @@ def params(arch):
 
 
 class Costs(NamedTuple):
-    """What everything in a space costs: `fixed`, a table a block, and the head's over the last block's widths."""
+    """What everything in a space costs: `fixed`, a table a block, the head's over the last block's widths."""
     fixed: float
     blocks: list              # tensors (input widths, operations, expansions, output widths)
     head: torch.Tensor        # (output widths,)
 
 
 def costs(space, in_channels, classes, cost="macs"):
-    """The `Costs` of a `Space`, `cost` being a field of `Layer`: a block's depends only on its own choices and the
-    width before it, so tables hold the whole space.
+    """The `Costs` of a `Space`, `cost` being a field of `Layer`: "macs" or "params".
+
+    What a block costs depends only on its own choices and the width before it: tables hold the whole space.
     """
     first = stem(in_channels, space.stem, space.resolution)
     tables, pixels, inputs = [], first.pixels, torch.tensor([space.stem])
     for block in space.blocks:
         i, outputs = inputs.view(-1, 1, 1), torch.tensor(block.widths)
         e = torch.tensor(block.expansions, dtype=torch.float64).view(1, -1, 1)
-        hidden = ((e * i + 4) // 8 * 8).clamp(min=8).long()                                  # round8, (i, e, 1)
-        ops = [sum(getattr(layer, cost) for layer in candidate(op, i, hidden, outputs, block.expand, block.stride, pixels))
+        hidden = ((e * i + 4) // 8 * 8).clamp(min=8).long()                          # round8, (i, e, 1)
+        ops = [sum(getattr(layer, cost)
+                   for layer in candidate(op, i, hidden, outputs, block.expand, block.stride, pixels))
                for op in CANDIDATES]
-        tables.append(torch.stack(ops, 1).double())                                          # (i, op, e, o)
+        tables.append(torch.stack(ops, 1).double())                                  # (i, op, e, o)
         pixels, inputs = half(pixels) if block.stride == 2 else pixels, outputs
     last = sum(getattr(layer, cost) for layer in head(inputs, space.head, classes, pixels))
     return Costs(float(getattr(first, cost)), tables, last.double())
@@ -114,13 +128,14 @@ def costs(space, in_channels, classes, cost="macs"):
 def expected(costs, probabilities):
     """The mean cost of the networks that a supernet samples; differentiable in its probabilities.
 
-    probabilities: for each block the three vectors (operations,), (expansions,), (widths,). Choices are independent, so
-    the mean is the sum over blocks of each table's mean.
+    probabilities: for each block the three vectors (operations,), (expansions,), (widths,). Choices are
+    independent, so the mean is the sum over blocks of each table's mean.
     """
     total, before = costs.fixed, torch.ones(1, dtype=torch.float64)
     for table, (op, expansion, width) in zip(costs.blocks, probabilities):
-        total = total + torch.einsum("ijkl,i,j,k,l->", table, before, op.double(), expansion.double(), width.double())
-        before = width.double()
+        op, expansion, width = op.double(), expansion.double(), width.double()
+        total = total + torch.einsum("ijkl,i,j,k,l->", table, before, op, expansion, width)
+        before = width
     return total + costs.head @ before
 
 
@@ -136,7 +151,7 @@ def bounds(costs):
 
 
 def amount(text):
-    """A number of MACs, parameters, ..: "20M" -> 2e7; suffixes k, M, G. "off" is 0. ValueError if it is not one."""
+    """A number of MACs, parameters, ..: "20M" -> 2e7; suffixes k, M, G. "off" is 0. Else ValueError."""
     if text == "off":
         return 0.0
     scale = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}.get(text[-1:], 0)
@@ -146,13 +161,137 @@ def amount(text):
     return value
 
 
-def energy(seconds, device, processes=1):
-    """(device hours, kWh, lb of CO2e) of `seconds` on `processes` devices: an estimate from the paper's kWh per GPU hour,
-    or for a CPU from a stated wattage of each core that torch uses.
+def energy(seconds, device, processes=1, kwh=None):
+    """(device hours, kWh, lb of CO2e) of `seconds` on `processes` devices (Table 4).
+
+    kwh: what a `meter` measured. Without it an estimate: the paper's kWh per GPU hour, or for a CPU a stated
+    wattage of each core that torch uses.
     """
     hours = seconds / 3600 * processes
-    if torch.device(device).type == "cpu":
+    if kwh is None and torch.device(device).type == "cpu":
         kwh = hours * KWH_PER_CORE_HOUR * min(torch.get_num_threads(), os.cpu_count())
-    else:
+    elif kwh is None:
         kwh = hours * KWH_PER_GPU_HOUR
     return hours, kwh, kwh * CO2E_LB_PER_KWH
+
+
+def rapl(folder="/sys/class/powercap"):
+    """{CPU package: (microjoules, where this counter wraps to 0)} by RAPL; empty if it cannot be read."""
+    found = {}
+    for zone in Path(folder).glob("*rapl:*"):
+        try:
+            if (zone / "name").read_text().startswith("package"):        # not a part of one, nor the board
+                found[zone.name] = tuple(int((zone / file).read_text())
+                                         for file in ("energy_uj", "max_energy_range_uj"))
+        except (OSError, ValueError):
+            continue                                                     # often only root may read it
+    return found
+
+
+def nvml(device):
+    """{GPU: (microjoules, where this counter wraps to 0)} by NVML; empty if it cannot be read."""
+    handle, millijoules = ctypes.c_void_p(), ctypes.c_ulonglong()
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+        name = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        failed = (library.nvmlInit_v2()
+                  or library.nvmlDeviceGetHandleByUUID(name.encode(), ctypes.byref(handle))
+                  or library.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules)))
+    except (OSError, AttributeError, RuntimeError, AssertionError):
+        return {}
+    return {} if failed else {name: (1000 * millijoules.value, 1000 << 64)}
+
+
+def meter(device):
+    """A function that says how many kWh were used since this call; None if nothing here measures them.
+
+    A GPU is read by NVML; CPUs by RAPL, all of the machine's, whoever uses them. RAPL's counter wraps around
+    after some 260 kJ (a quarter of an hour at 280 W), so the function must be called more often than that.
+    """
+    read = {"cpu": rapl, "cuda": lambda: nvml(device)}.get(torch.device(device).type, dict)
+    last, total = read(), 0
+    if not last:
+        return None
+
+    def used():
+        nonlocal last, total
+        now = read()
+        total += sum((now[name][0] - last[name][0]) % wrap for name, (_, wrap) in last.items() if name in now)
+        last = last | now
+        return total / 3.6e12
+    return used
+
+
+def position(value, low, high):
+    """Where `value` lies between `low` (0) and `high` (1) on a logarithmic scale."""
+    return math.log(value / low) / math.log(high / low)
+
+
+def networks(space):
+    """How many choices a `Space` holds: operations x expansions x widths, multiplied over its blocks."""
+    return math.prod(len(CANDIDATES) * len(block.expansions) * len(block.widths) for block in space.blocks)
+
+
+def middle(space, in_channels, classes):
+    """The `Arch` of every range's middle option (the upper of two), with ir_k3_se_hs everywhere."""
+    blocks, width = [], space.stem
+    for b in space.blocks:
+        hidden, out = round8(b.expansions[len(b.expansions) // 2] * width), b.widths[len(b.widths) // 2]
+        blocks.append(ArchBlock("ir_k3_se_hs", hidden, out, b.stride, b.residual, b.expand))
+        width = out
+    return Arch(space.name, space.stage, space.resolution, in_channels, classes, space.stem, space.head,
+                tuple(blocks))
+
+
+def describe_space(name):
+    """The text of `--space`: a row for each of A0..A4."""
+    (channels, classes), pixels, paper = IMAGES[name], SPACES[name][0].resolution, name == "paper"
+    known = "Table 3" if paper else "target"
+    text = f"""The {name} space, {channels} x {pixels} x {pixels} pixels, {classes} classes; numbers in M
+least, most  over all networks, exact, for MACs and for parameters apart
+middle       the middle expansion and width of every range (the upper of two), and ir_k3_se_hs everywhere
+at           where {known} lies between least (0%) and most (100%), on a logarithmic scale
+
+                      MACs                                 parameters
+   blocks networks""" + f"{'least':>8}{'middle':>8}{'most':>8}{known:>9}{'at':>5}" * 2
+    for space, target, size in zip(SPACES[name], TARGETS[name], TABLE3_PARAMS, strict=True):
+        text += f"\nA{space.stage}{len(space.blocks):>7}{f'10^{math.log10(networks(space)):.1f}':>9}"
+        for cost, count, value in (("macs", macs, target), ("params", params, size if paper else None)):
+            low, high = bounds(costs(space, channels, classes, cost))
+            for n in (low, count(middle(space, channels, classes)), high):
+                text += f"{n / 1e6:>8.4g}"
+            text += f"{value / 1e6:>9.4g}{position(value, low, high):>5.0%}" if value else f"{'-':>9}{'-':>5}"
+    return text
+
+
+def describe(arch):
+    """The text of a network, layer by layer: output shape, MACs, parameters, activation memory."""
+    rows = [(x.name, f"{x.channels} x {x.pixels} x {x.pixels}", x.macs, x.params,
+             4 * x.channels * x.pixels ** 2) for x in layers(arch)]
+    rows.append(("all", "", *(sum(row[i] for row in rows) for i in (2, 3, 4))))
+    images = f"{arch.in_channels} x {arch.resolution} x {arch.resolution} pixels, {arch.classes} classes"
+    text = f"""A{arch.stage} of the {arch.space} space, {images}; bytes: of one image's outputs, in float32
+{'layer':<26}{'output':>16}{'MACs':>15}{'parameters':>12}{'bytes':>12}"""
+    return text + "".join(f"\n{a:<26}{b:>16}{c:>15,}{d:>12,}{e:>12,}" for a, b, c, d, e in rows)
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(prog="flops.py", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = lambda message: p.exit(2, f"flops.py: {message}\n")
+    p.add_argument("arch", nargs="?", type=Path, metavar="ARCH.json", help="a network, as a search leaves it")
+    p.add_argument("--space", choices=SPACES, help="A0..A4 of the paper's tables, or of ours")
+    args = p.parse_args(argv)
+    if (args.arch is None) == (args.space is None):
+        p.error("give either a network, ARCH.json, or a space, --space paper")
+    if args.space:
+        print(describe_space(args.space))
+        return
+    try:
+        print(describe(Arch.from_json(args.arch.read_text())))
+    except (OSError, ValueError) as error:
+        p.error(f"{args.arch}: {getattr(error, 'strerror', None) or error}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

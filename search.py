@@ -53,10 +53,10 @@ def search(args, images, out, device, caught):
     if resumed:
         run = torch.load(out / "last.pt", map_location=device, weights_only=True)
     for stage in range(run["stage"], args.stages):
-        clock = time.perf_counter()
+        clock, meter = time.perf_counter(), flops.meter(device)
         if args.method == "scaling" and stage:
             arch = scale(Arch.from_json((out / "A0.json").read_text()), stage, args.flops_target[stage])
-            conclude(run, out, stage, arch, None, time.perf_counter() - clock, device)
+            conclude(run, out, stage, arch, None, time.perf_counter() - clock, device, meter)
             continue
         space = SPACES[args.space][stage]._replace(resolution=images.pixels.shape[-1])
         generator = data.generator(args.seed, stage, GROWTH)
@@ -79,6 +79,8 @@ def search(args, images, out, device, caught):
 
         for row in train_stage(supernet, teacher, sgd, adam, loader, parts, args, run, caught):
             clock, run["seconds"] = time.perf_counter(), run["seconds"] + time.perf_counter() - clock
+            if meter:
+                meter()                             # now and then, before its counter wraps around
             if row is not None:
                 run["log"].append(row | {"seconds": run["seconds"]})
             write(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in run["log"]))
@@ -94,15 +96,15 @@ def search(args, images, out, device, caught):
         arch = derive(supernet, args.flops_target[stage])
         network, right = measure(arch, supernet, loader, parts, args.seed, stage, WEIGHTS)
         write(out / f"A{stage}.pt", packed(supernet.state_dict()))
-        conclude(run, out, stage, arch, right, time.perf_counter() - clock, device)
+        conclude(run, out, stage, arch, right, time.perf_counter() - clock, device, meter)
         teacher = network if args.distill else None
     return run["summary"]
 
 
-def conclude(run, out, stage, arch, right, seconds, device):
+def conclude(run, out, stage, arch, right, seconds, device, meter):
     """Write a stage's network and its row of the summary, and make `run` ready for the next stage."""
     seconds += run["seconds"]
-    hours, kwh, co2e = flops.energy(seconds, device)
+    hours, kwh, co2e = flops.energy(seconds, device, kwh=meter and meter())
     run["summary"].append({"stage": stage, "flops": flops.macs(arch), "params": flops.params(arch),
                            "accuracy": right, "seconds": seconds, "device_hours": hours, "kwh": kwh,
                            "co2e_lb": co2e})

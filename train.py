@@ -1,13 +1,14 @@
 """Training a derived network, or all of a run, from scratch or from the supernet's weights (Experiments).
 
-    python train.py runs/001            # A0.json, A1.json, .. of a run, then the curve
-    python train.py runs/001/A3.json
+    python train.py runs/001                     # A0.json, A1.json, .. of a run, then the curve
+    python train.py runs/001/A3.json --export net.pt2
 
-The whole training set; SGD with Nesterov momentum, linear warm-up and a cosine to zero, label smoothing,
-weight decay of weight matrices alone, dropout before the classifier. The network of the last epoch
-counts: the test images choose nothing.
+On the whole training set: SGD with Nesterov momentum, linear warm-up and a cosine to zero, label smoothing,
+weight decay of weight matrices alone, dropout before the classifier, an exponential moving average of the
+weights. The network of the last epoch counts: the test images choose nothing.
 """
 import argparse
+import importlib.util
 import json
 import sys
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import data
@@ -25,44 +27,67 @@ from search import choose_device, learning_rate, load_data, number, one_line, pa
 from space import Arch, write
 from supernet import initialise
 
-# The paper trains 180 epochs on ImageNet; what else it does not say, and all for the small space, is ours.
-DEFAULTS = {"paper": {"epochs": 180, "batch_size": 1024, "lr": 0.4, "dropout": 0.2},
-            "small": {"epochs": 3, "batch_size": 64, "lr": 0.2, "dropout": 0.0}}
-BATCHES, INITIAL = range(10, 12)                          # what is drawn: with seed and stage it seeds a generator
+BATCHES, INITIAL = range(10, 12)                # what is drawn: with seed and stage it seeds a generator
+# The paper says 180 epochs of ImageNet; the other values for it are common ones. Those for small images are
+# ours, chosen on the architecture part (--validate); an average over three epochs would only lag behind.
+DEFAULTS = {"paper": {"epochs": 180, "batch_size": 1024, "lr": 0.4, "dropout": 0.2, "ema": 0.9999},
+            "small": {"epochs": 3, "batch_size": 64, "lr": 0.2, "dropout": 0.0, "ema": 0.0}}
 
 
-def train(network, loader, index, tester, test_index, args, stage):
-    """Train `network` on the images at `index`; after each epoch yields its row: epoch, loss, accuracy on
-    the images of the `Loader` tester at `test_index`, seconds.
+def train(network, loader, index, tester, test_index, args, name, stage, checkpoint):
+    """Train `network` on the images at `index`, and return it, or its moving average, with a row an epoch:
+    epoch, loss, accuracy on the images of the `Loader` tester at `test_index`, seconds.
+
+    checkpoint: a file that each epoch is saved in; with args.resume, training goes on from it.
     """
     decayed, others = [], []
     for p in network.parameters():
         (decayed if p.dim() > 1 else others).append(p)
     sgd = torch.optim.SGD([{"params": decayed, "weight_decay": args.weight_decay}, {"params": others}],
                           args.lr, momentum=0.9, nesterov=True)
-    epoch_length = len(index) // args.batch_size
-    batches = loader.shuffled(index, args.seed, stage, BATCHES)
-    for epoch in range(args.epochs):
+    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
+    rows, epoch_length = [], len(index) // args.batch_size
+    if args.resume and checkpoint.exists():
+        saved = torch.load(checkpoint, map_location=loader.device, weights_only=True)
+        network.load_state_dict(saved["network"])
+        average.load_state_dict(saved["average"])
+        sgd.load_state_dict(saved["sgd"])
+        rows = saved["rows"]
+    batches = loader.shuffled(index, args.seed, stage, BATCHES, start=len(rows) * epoch_length)
+    result = average.module if args.ema else network
+    for epoch in range(len(rows), args.epochs):
+        torch.manual_seed(epoch * 10 ** 6 + args.seed)                      # dropout's draws
         network.train()
         clock, total = time.perf_counter(), torch.zeros((), device=loader.device)
-        with tqdm(range(epoch_length), desc=f"A{stage} epoch {epoch}", disable=None) as bar:
+        with tqdm(range(epoch_length), desc=f"{name} epoch {epoch}", disable=None) as bar:
             for step in bar:
+                rate = learning_rate(args.lr, epoch * epoch_length + step, args.epochs * epoch_length)
                 for group in sgd.param_groups:
-                    group["lr"] = learning_rate(args.lr, epoch * epoch_length + step, args.epochs * epoch_length)
+                    group["lr"] = rate
                 x, y = next(batches)
-                loss = F.cross_entropy(network(x), y, label_smoothing=args.smoothing)
+                with torch.autocast(loader.device.type, torch.bfloat16, enabled=args.autocast):
+                    loss = F.cross_entropy(network(x), y, label_smoothing=args.smoothing)
                 sgd.zero_grad()
                 loss.backward()
                 sgd.step()
+                if args.ema:
+                    average.update_parameters(network)
                 total += loss.detach()
                 if step % 50 == 49:
                     bar.set_postfix_str(f"loss {float(total) / (step + 1):.3f}")
-        yield {"stage": stage, "epoch": epoch, "loss": float(total) / epoch_length,
-               "accuracy": accuracy(network, tester.ordered(test_index)), "seconds": time.perf_counter() - clock}
+        right = accuracy(result, tester.ordered(test_index))
+        rows.append({"epoch": epoch, "loss": float(total) / epoch_length, "accuracy": right,
+                     "seconds": time.perf_counter() - clock})
+        print(f"{name} epoch {epoch}  loss {rows[-1]['loss']:.3f}  accuracy {100 * right:.2f} %  "
+              f"{rows[-1]['seconds']:.0f} s", flush=True)
+        if not args.validate:
+            write(checkpoint, packed({"network": network.state_dict(), "average": average.state_dict(),
+                                      "sgd": sgd.state_dict(), "rows": rows}))
+    return result, rows
 
 
 def initial(arch, args, folder):
-    """A `Network` of `arch` with random weights, or with those of the supernet of its stage, in its folder."""
+    """A `Network` of `arch` with random weights, or with those of its stage's supernet, in its folder."""
     network = Network(arch, args.dropout)
     initialise(network, data.generator(args.seed, arch.stage, INITIAL))
     if args.init == "inherit":
@@ -70,35 +95,57 @@ def initial(arch, args, folder):
     return network
 
 
+def export(network, file):
+    """Write `network` for use without this code: a torch.export program (.pt2), or ONNX (.onnx).
+
+    A .pt2 is loaded again, and its logits compared. ValueError if they differ.
+    """
+    arch, network = network.arch, network.cpu().eval()
+    x = torch.randn(2, arch.in_channels, arch.resolution, arch.resolution)
+    batch = {0: torch.export.Dim("batch")}
+    if file.suffix == ".onnx":
+        torch.onnx.export(network, (x,), file, dynamo=True, dynamic_shapes=(batch,), verbose=False)
+        return
+    torch.export.save(torch.export.export(network, (x,), dynamic_shapes=(batch,)), file)
+    with torch.no_grad():
+        moved = float((torch.export.load(file).module()(x) - network(x)).abs().max())
+    if moved > 1e-4:
+        raise ValueError(f"the logits of {file} differ by {moved:.1e} from the network's")
+
+
 def parser():
     p = one_line(argparse.ArgumentParser(prog="train.py", description=__doc__,
                                          formatter_class=argparse.RawDescriptionHelpFormatter))
-    p.add_argument("what", type=Path, metavar="ARCH.json|RUN", help="a network, or the folder of a run with A0.json, ..")
-    p.add_argument("--init", choices=("scratch", "inherit"), default="scratch", help="random weights, as in the paper, or "
-                   "those of the supernet, from the .pt file beside the network (scratch)")
-    p.add_argument("--data", choices=data.NAMES, default="fashion", help="as in search.py (fashion)")
-    p.add_argument("--epochs", type=number(int, 1), help="(180 for the paper's space, as there; 3 for small)")
-    p.add_argument("--batch-size", type=number(int, 1), metavar="B", help="(1024; 64)")
-    p.add_argument("--lr", type=number(float, 1e-9), help="peak learning rate (0.4; 0.2)")
-    p.add_argument("--weight-decay", type=number(float, 0), default=1e-4, help="of weight matrices, not of batch norm and biases (1e-4)")
-    p.add_argument("--smoothing", type=number(float, 0), default=0.1, help="label smoothing (0.1)")
-    p.add_argument("--dropout", type=number(float, 0), help="before the classifier (0.2; 0)")
-    p.add_argument("--validate", action="store_true", help="to choose settings by: train on 5/6 of the training images, and "
-                   "report accuracy on the other 1/6 instead of the test images")
-    p.add_argument("--out", type=Path, metavar="DIR", help="folder of the results (the network's own)")
-    p.add_argument("--seed", type=number(int, 0), default=0, help="the same seed gives the same run (0)")
-    p.add_argument("--device", default="auto", help="cpu, cuda, .. (auto: an accelerator if there is one)")
+    p.add_argument("what", type=Path, metavar="ARCH.json|RUN", help="a network, or the folder of a run")
+    p.add_argument("--init", choices=("scratch", "inherit"), default="scratch",
+                   help="random weights as in the paper, or the supernet's, from the .pt file beside (scratch)")
+    p.add_argument("--export", type=Path, metavar="FILE",
+                   help="write the trained network as .pt2 (torch.export) or .onnx as well")
+    g = p.add_argument_group("training", "(defaults for the paper's space; for small images)")
+    g.add_argument("--data", choices=data.NAMES, default="fashion", help="as in search.py (fashion)")
+    g.add_argument("--epochs", type=number(int, 1), help="(180, the paper's; 3)")
+    g.add_argument("--batch-size", type=number(int, 1), metavar="B", help="(1024; 64)")
+    g.add_argument("--lr", type=number(float, 1e-9), help="peak learning rate (0.4; 0.2)")
+    g.add_argument("--weight-decay", type=number(float, 0), default=1e-4, help="of weight matrices (1e-4)")
+    g.add_argument("--smoothing", type=number(float, 0), default=0.1, help="label smoothing (0.1)")
+    g.add_argument("--dropout", type=number(float, 0), help="probability before the classifier (0.2; 0)")
+    g.add_argument("--ema", type=number(float, 0), help="decay of the weights' average, 0 for none (0.9999; 0)")
+    g.add_argument("--autocast", action=argparse.BooleanOptionalAction, help="bfloat16 (on a GPU)")
+    g.add_argument("--validate", action="store_true", help="to choose settings: train on 5/6 of the training "
+                   "images, report accuracy on the other 1/6 instead of the test images, and write nothing")
+    g = p.add_argument_group("the run")
+    g.add_argument("--out", type=Path, metavar="DIR", help="folder of the results (the network's)")
+    g.add_argument("--resume", action="store_true", help="go on from the last whole epoch; skip what is trained")
+    g.add_argument("--seed", type=number(int, 0), default=0, help="the same seed gives the same run (0)")
+    g.add_argument("--device", default="auto", help="cpu, cuda, .. (auto: an accelerator if there is one)")
     return p
 
 
 def networks(p, what):
-    """The `Arch`s named on the command line, {file name without ending: Arch}, and the folder that they lie in."""
-    if what.is_dir():
-        files = sorted(what.glob("A[0-4].json"))
-        if not files:
-            p.error(f"{what} has no A0.json, A1.json, ..: it is not the folder of a run")
-    else:
-        files = [what]
+    """The `Arch`s that the command line names, {file name without ending: Arch}, and their folder."""
+    files = sorted(what.glob("A[0-4].json")) if what.is_dir() else [what]
+    if not files:
+        p.error(f"{what} has no A0.json, A1.json, ..: it is not the folder of a run")
     found = {}
     for file in files:
         try:
@@ -108,39 +155,66 @@ def networks(p, what):
     return found, files[0].parent
 
 
+def check(p, args, archs, folder, images):
+    """End in p.error for what does not fit together, before any work."""
+    for name, arch in archs.items():
+        if (arch.in_channels, arch.classes) != (images.pixels.shape[1], images.classes):
+            p.error(f"{name} is for {arch.in_channels} channels and {arch.classes} classes, but --data {args.data} "
+                    f"has {images.pixels.shape[1]} and {images.classes}")
+        if args.init == "inherit" and not (folder / f"A{arch.stage}.pt").exists():
+            p.error(f"--init inherit needs the supernet's weights, {folder / f'A{arch.stage}.pt'}")
+    for key in ("smoothing", "dropout", "ema"):
+        if (getattr(args, key) or 0) >= 1:
+            p.error(f"--{key} is {getattr(args, key)}, not below 1")
+    if args.export and len(archs) > 1:
+        p.error("--export writes one network: name its ARCH.json")
+    if args.export and args.export.suffix not in (".pt2", ".onnx"):
+        p.error(f"--export {args.export} ends neither in .pt2 nor in .onnx")
+    if args.export and args.export.suffix == ".onnx" and not importlib.util.find_spec("onnxscript"):
+        p.error("--export to .onnx needs onnx: pip install onnx onnxscript, or export to .pt2")
+
+
 def main(argv=None):
     p = parser()
     args = p.parse_args(argv)
     archs, folder = networks(p, args.what)
     out, device = args.out or folder, choose_device(p, args.device)
-    out.mkdir(parents=True, exist_ok=True)
     images, test = load_data(p, args.data, "train"), load_data(p, args.data, "test")
+    check(p, args, archs, folder, images)
+    if args.autocast is None:
+        args.autocast = device.type == "cuda"
+    out.mkdir(parents=True, exist_ok=True)
     index = torch.arange(len(images.labels))
+    test_index = torch.arange(len(test.labels))
     if args.validate:
-        index, held_out = data.split(images.labels, args.seed)
-        test = data.Images(images.pixels[held_out], images.labels[held_out], images.classes)
+        (index, test_index), test = data.split(images.labels, args.seed), images
+    stats = data.statistics(images, index)
     results = out / "trained.json"
     rows = json.loads(results.read_text()) if results.exists() else []
     for name, arch in archs.items():
+        given = argparse.Namespace(**vars(args))
         for key, value in DEFAULTS["paper" if arch.space == "paper" else "small"].items():
-            setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
-        torch.manual_seed(args.seed)                          # dropout's draws
-        network = initial(arch, args, folder).to(device)
-        stats = data.statistics(images, index)
-        loader = data.Loader(images, stats, args.batch_size, device)
-        tester = data.Loader(test, stats, args.batch_size, device)
-        clock = time.perf_counter()
-        for row in train(network, loader, index, tester, torch.arange(len(test.labels)), args, arch.stage):
-            print(f"{name} epoch {row['epoch']}  loss {row['loss']:.3f}  accuracy {100 * row['accuracy']:.2f} %  "
-                  f"{row['seconds']:.0f} s", flush=True)
+            setattr(given, key, value if getattr(args, key) is None else getattr(args, key))
+        if given.batch_size > len(index):
+            p.error(f"--batch-size {given.batch_size} is more than the {len(index)} images")
+        checkpoint = out / f"{name}.last.pt"
+        if args.resume and not checkpoint.exists() and any(row["name"] == name for row in rows):
+            continue
+        loader, tester = (data.Loader(part, stats, given.batch_size, device) for part in (images, test))
+        network = initial(arch, given, folder).to(device)
+        network, epochs = train(network, loader, index, tester, test_index, given, name, arch.stage, checkpoint)
         if args.validate:
             continue
-        result = {"name": name, "stage": arch.stage, "flops": flops.macs(arch), "params": flops.params(arch),
-                  "accuracy": row["accuracy"], "seconds": time.perf_counter() - clock, "epochs": args.epochs,
-                  "init": args.init, "seed": args.seed}
-        rows = [r for r in rows if r["name"] != name] + [result]
+        row = {"name": name, "stage": arch.stage, "flops": flops.macs(arch), "params": flops.params(arch),
+               "accuracy": epochs[-1]["accuracy"], "seconds": sum(e["seconds"] for e in epochs),
+               "init": args.init, "seed": args.seed, "epochs": epochs}
+        rows = sorted([r for r in rows if r["name"] != name] + [row], key=lambda r: r["name"])
         write(out / f"{name}.trained.pt", packed(network.state_dict()))
-        write(results, json.dumps(sorted(rows, key=lambda r: r["name"]), indent=1) + "\n")
+        write(results, json.dumps(rows, indent=1) + "\n")
+        checkpoint.unlink()
+        if args.export:
+            export(network, args.export)
+            print(f"exported: {args.export}")
     if not args.validate and (out / "summary.json").exists():
         plot.curve([out], out / "curve.png")
         print(f"curve: {out / 'curve.png'}")

@@ -79,7 +79,7 @@ def test_macs_rise_from_stage_to_stage_and_files_are_there(tmp_path):
     search.main([*SHORT[:3], "0.2", "--device", "cpu", "--out", str(tmp_path / "run")])
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     macs = [row["flops"] for row in summary]
-    assert len(macs) == 5 and all(a < b for a, b in zip(macs, macs[1:]))
+    assert len(macs) == 5 and macs == sorted(set(macs))
     assert set(summary[0]) == {"stage", "flops", "params", "accuracy", "seconds", "device_hours", "kwh", "co2e_lb"}
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {"args.json", "log.jsonl", "last.pt", "summary.json", "curve.png",

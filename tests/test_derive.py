@@ -1,0 +1,327 @@
+"""From a supernet to a network: its best, or the best under any FLOPs budget (Table 3).
+
+The oracle is brute force: a space of three blocks is small enough to list all of its 82,944 networks, with
+their likelihoods and their multiply-accumulates by the tests' own formula (`oracles.block_macs`). For larger
+spaces: sampling, random networks, and textbook layers with copied weights.
+"""
+import copy
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from oracles import (
+    OPS,
+    TINY,
+    assert_same_logits,
+    block_macs,
+    chosen,
+    images,
+    macs,
+    near8,
+    pixels,
+    plain_network,
+    random_options,
+    seeded,
+    settle,
+)
+from torch import nn
+from torch.testing import assert_close
+
+import derive
+from derive import Network, inherit, space_costs
+from space import SPACES, Arch
+from supernet import CHOICES, SuperNet
+
+
+def supernet(space=TINY, seed=0, channels=1, spread=1.0):
+    net = SuperNet(space, channels, 10, seeded(seed))
+    with torch.no_grad():
+        for block, name in itertools.product(net.blocks, CHOICES):
+            if name in block.alphas:
+                block.alphas[name].normal_(0, spread, generator=seeded(100 * seed + len(block.alphas[name])))
+    return net
+
+
+def probabilities(net):
+    """For each block the softmax of its logits of (operations, expansions, widths), in float64."""
+    one = torch.zeros(1)
+    return [[block.alphas.get(name, one).detach().double().softmax(0)
+             for name in CHOICES] for block in net.blocks]
+
+
+def everything(net):
+    """(log-likelihoods, MACs) of all networks of TINY: arrays with an axis for each of its 3 x 3 choices."""
+    size, before, likelihood, cost = pixels(TINY.resolution, 3, 2), (TINY.stem,), 0.0, 0.0
+    cost += size ** 2 * TINY.stem * 9                                             # the stem, of one channel
+    for n, (b, p) in enumerate(zip(TINY.blocks, probabilities(net))):
+        table = np.array([[[[block_macs(op, i, near8(e * i), o, b.stride, b.expand, size) for o in b.widths]
+                            for e in b.expansions] for op in OPS] for i in before], float)
+        logs = sum(v.log().numpy().reshape([-1 if k == axis else 1 for k in range(3)])
+                   for axis, v in enumerate(p))
+        likelihood = likelihood + logs.reshape([1] * 3 * n + list(logs.shape) + [1] * (6 - 3 * n))
+        shape = ([1] * (3 * n - 1) + [len(before)] if n else []) + list(table.shape[1:]) + [1] * (6 - 3 * n)
+        cost = cost + table.reshape(shape)
+        size, before = pixels(size, 3, b.stride), b.widths
+    return likelihood, cost + size ** 2 * 16 * np.array(before) + 16 * 10
+
+
+def as_options(index):
+    index = [int(i) for i in index]
+    return [tuple(index[n:n + 3]) for n in (0, 3, 6)]
+
+
+def test_the_list_of_all_networks_is_right():
+    """The oracle against the other one: counting each network for itself."""
+    net, g = supernet(), seeded()
+    likelihood, cost = everything(net)
+    assert likelihood.shape == cost.shape == (8, 1, 2, 8, 3, 3, 8, 3, 3)
+    assert np.exp(likelihood).sum() == pytest.approx(1)
+    for _ in range(200):
+        options = random_options(TINY, g)
+        assert cost[sum(options, ())] == macs(chosen(TINY, options))
+
+
+@pytest.mark.parametrize("price", [0.0, 1e-5, 3e-5, 1e-4, 1e-3, 1.0, -2e-5])
+def test_viterbi_finds_the_best_network_at_a_price(price):
+    for seed in range(3):
+        net = supernet(seed=seed)
+        likelihood, cost = everything(net)
+        options, found, total = derive.viterbi(derive.log_probabilities(net), space_costs(net), price)
+        best = np.unravel_index((likelihood - price * cost).argmax(), cost.shape)
+        assert options == as_options(best)
+        assert found == pytest.approx(likelihood[best]) and total == cost[best]
+
+
+@pytest.mark.parametrize("price", [0.0, 3e-5, -2e-5])
+def test_the_list_of_viterbi_is_the_best_networks_in_order(price):
+    net = supernet(seed=4)
+    likelihood, cost = everything(net)
+    score = likelihood - price * cost
+    found = derive.viterbi_list(derive.log_probabilities(net), space_costs(net), price, 200)
+    values = [value - price * total for _, value, total in found]
+    assert values == pytest.approx(np.sort(score.ravel())[:-201:-1])
+    assert len({tuple(options) for options, _, _ in found}) == 200
+    for options, value, total in found:
+        assert likelihood[sum(options, ())] == pytest.approx(value) and cost[sum(options, ())] == total
+
+
+def test_without_a_budget_the_most_likely_network_is_derived():
+    for seed in range(5):
+        net = supernet(seed=seed)
+        best = np.unravel_index(everything(net)[0].argmax(), (8, 1, 2, 8, 3, 3, 8, 3, 3))
+        assert derive.derive(net) == chosen(TINY, as_options(best))
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 3.0])
+def test_under_a_budget_no_network_is_more_likely(spread):
+    for seed in range(3):
+        net = supernet(seed=seed, spread=spread)
+        likelihood, cost = everything(net)
+        log_p, table = derive.log_probabilities(net), space_costs(net)
+        for budget in (*np.linspace(cost.min(), cost.max(), 12), cost.min() + 1, np.sort(cost.ravel())[1000]):
+            arch = derive.derive(net, flops=float(budget))
+            assert macs(arch) <= budget
+            options, value, total = derive.most_likely(log_p, table, float(budget))
+            assert chosen(TINY, options) == arch and total == macs(arch)
+            assert value == pytest.approx(likelihood[cost <= budget].max(), abs=1e-9)
+            assert likelihood[sum(options, ())] == pytest.approx(value, abs=1e-9)
+
+
+def test_a_budget_below_the_cheapest_network_is_refused():
+    net = supernet()
+    cheapest = int(everything(net)[1].min())
+    assert macs(derive.derive(net, flops=cheapest)) == cheapest
+    for budget in (cheapest - 1, cheapest / 2, 1):
+        with pytest.raises(ValueError, match=f"cheapest network, of {cheapest:,}"):
+            derive.derive(net, flops=budget)
+
+
+@pytest.mark.parametrize("name, stage", [("small", 4), ("paper", 0)])
+def test_in_a_large_space_a_budget_is_kept_and_no_cheaper_network_found_is_more_likely(name, stage):
+    space, g = SPACES[name][stage], seeded()
+    net = supernet(space, 1)
+    p = [[v.log() for v in three] for three in probabilities(net)]
+
+    def likelihood(options):
+        return sum(float(v[o]) for three, some in zip(p, options) for v, o in zip(three, some))
+    log_p, table = derive.log_probabilities(net), space_costs(net)
+    free = macs(derive.derive(net))
+    for share in (0.5, 0.7, 0.9):
+        options, value, _ = derive.most_likely(log_p, table, share * free)
+        assert macs(chosen(space, options)) <= share * free and value == pytest.approx(likelihood(options))
+        for price in np.geomspace(1e-3, 1e2, 60) / free:                # what a price alone finds
+            other, found, total = derive.viterbi(log_p, table, price)
+            assert total > share * free or found <= value + 1e-9
+        for _ in range(300):                                            # one choice changed
+            other, n = list(options), int(torch.randint(len(options), (1,), generator=g))
+            other[n] = random_options(space, g)[n]
+            assert macs(chosen(space, other)) > share * free or likelihood(other) <= value + 1e-9
+
+
+@pytest.mark.parametrize("name, stage", [("small", 4), ("paper", 0)])
+def test_a_networks_facts_are_those_of_its_choices(name, stage):
+    net, g = SuperNet(SPACES[name][stage], 3, 17), seeded(2)
+    for _ in range(10):
+        options = random_options(net.space, g)
+        assert derive.arch(net, options) == chosen(net.space, options, 3, 17)
+
+
+@pytest.mark.parametrize("name, stage", [("small", 4), ("paper", 0)])
+@torch.no_grad()
+def test_a_derived_network_computes_what_its_path_computed(name, stage):
+    net, g = settle(SuperNet(SPACES[name][stage], 3, 10, seeded())).double().eval(), seeded(2)
+    x = images(3, 3, 32, 50).double()
+    for _ in range(3):
+        options = random_options(net.space, g)
+        network = inherit(Network(derive.arch(net, options)).double(), net).eval()
+        wanted = plain_network(net, options)(x)
+        assert_same_logits(network(x), wanted)
+        assert_same_logits(net(x, net.path(options)), wanted)
+
+
+def test_a_network_inherits_the_leading_corner_of_every_tensor():
+    net = settle(SuperNet(TINY, 1, 10, seeded()))
+    options = [(5, 0, 1), (7, 2, 1), (2, 1, 0)]
+    network = Network(derive.arch(net, options))
+    assert inherit(network, net) is network
+    theirs = net.state_dict()
+    for name, tensor in network.state_dict().items():
+        part, *rest = name.split(".")
+        if part == "blocks":
+            name = ".".join(("blocks", rest[0], "candidates", str(options[int(rest[0])][0]), *rest[1:]))
+        source = theirs[name]
+        for axis, n in enumerate(tensor.shape):
+            source = source.narrow(axis, 0, n)
+        assert torch.equal(tensor, source)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.fill_(0)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in net.state_dict().items())
+
+
+def test_a_network_drops_out_only_in_training():
+    arch, x = chosen(TINY, [(0, 0, 1), (7, 2, 1), (2, 1, 0)]), images(4, 1, 8)
+    network = inherit(Network(arch, dropout=0.9), settle(SuperNet(TINY, 1, 10, seeded())))
+    without = copy.deepcopy(network)
+    without.dropout = 0.0
+    assert torch.equal(network.eval()(x), without.eval()(x))
+    assert not torch.equal(network.train()(x), without.train()(x))
+
+
+def test_expected_macs_of_certain_choices_are_those_of_the_network():
+    net, g = SuperNet(SPACES["small"][2], 1, 10), seeded(3)
+    for _ in range(5):
+        options = random_options(net.space, g)
+        with torch.no_grad():
+            for block, (op, expansion, width) in zip(net.blocks, options):
+                for name, option in zip(CHOICES, (op, expansion, width)):
+                    if name in block.alphas:
+                        block.alphas[name].zero_()[option] = 1e4
+        assert derive.expected_macs(net, space_costs(net)).item() == macs(chosen(net.space, options))
+
+
+def test_expected_macs_are_the_mean_over_all_networks():
+    for seed in range(3):
+        net = supernet(seed=seed)
+        likelihood, cost = everything(net)
+        wanted = (np.exp(likelihood) * cost).sum()
+        assert derive.expected_macs(net, space_costs(net)).item() == pytest.approx(wanted, rel=1e-6)
+
+
+def test_expected_macs_are_the_mean_of_sampled_networks():
+    net, g, n = supernet(SPACES["small"][1], 2), seeded(5), 4000
+    draws = [[torch.multinomial(p, n, True, generator=g).tolist() for p in three]
+             for three in probabilities(net)]
+    costs = np.array([macs(chosen(net.space, [tuple(choice[k] for choice in three) for three in draws]))
+                      for k in range(n)])
+    error = costs.std() / n ** 0.5
+    assert abs(derive.expected_macs(net, space_costs(net)).item() - costs.mean()) < 4 * error
+    assert error < 0.01 * costs.mean()
+
+
+def test_the_gradient_of_expected_macs_is_right():
+    net = supernet(SPACES["small"][1], 3).double()
+    table, step = space_costs(net), 1e-4
+    derive.expected_macs(net, table).backward()
+    for alpha in net.alphas():
+        for option in range(len(alpha)):
+            around = []
+            for sign in (1, -1):
+                with torch.no_grad():
+                    alpha[option] += sign * step
+                    around.append(derive.expected_macs(net, table).item())
+                    alpha[option] -= sign * step
+            wanted = (around[0] - around[1]) / 2 / step
+            assert float(alpha.grad[option]) == pytest.approx(wanted, rel=1e-5, abs=0.1)
+
+
+def test_log_probabilities_are_those_of_the_logits():
+    net = supernet()
+    for found, wanted in zip(derive.log_probabilities(net), probabilities(net), strict=True):
+        assert len(found) == 3
+        for a, b in zip(found, wanted, strict=True):
+            assert_close(a.exp(), b)
+
+
+def test_recalibrated_statistics_are_the_mean_over_batches_of_their_statistics():
+    net = settle(SuperNet(SPACES["small"][0], 1, 10, seeded()))
+    options = random_options(net.space, seeded(1))
+    network = inherit(Network(derive.arch(net, options)), net).double()
+    before = copy.deepcopy(network.state_dict())
+    batches = [(images(n, 1, 28, n).double(), torch.zeros(n)) for n in (5, 8, 16)]
+
+    plain, seen = plain_network(net, options).double().train(), {}
+    for number, layer in enumerate(m for m in plain.modules() if isinstance(m, nn.BatchNorm2d)):
+        def note(_, inputs, key=number):
+            values = inputs[0].transpose(0, 1).flatten(1)                          # (channels, all others)
+            seen.setdefault(key, []).append((values.mean(1), values.var(1)))
+        layer.register_forward_pre_hook(note)
+    with torch.no_grad():
+        for x, _ in batches:
+            plain(x)
+
+    assert derive.recalibrate(network, iter(batches)) is network and not network.training
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == len(seen) > 10
+    for number, layer in enumerate(norms):
+        means, variances = (torch.stack(values).mean(0) for values in zip(*seen[number]))
+        assert_close(layer.running_mean, means, rtol=1e-6, atol=1e-9)
+        assert_close(layer.running_var, variances, rtol=1e-6, atol=1e-9)
+        assert layer.momentum == 0.1
+    assert all(torch.equal(p, before[name]) for name, p in network.named_parameters())
+
+
+def test_accuracy_counts_images_and_not_batches():
+    batches = [(torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]]), torch.tensor([0, 1, 1])),
+               (torch.tensor([[0.0, 2, 1]]), torch.tensor([0]))]
+    network = nn.Sequential(nn.Identity()).train()
+    assert derive.accuracy(network, batches) == 0.5 and not network.training       # 2 of 4
+    assert derive.accuracy(network, batches[:1]) == pytest.approx(2 / 3)
+
+
+def test_compound_scaling_fits_its_budget_and_grows_all_rows_alike():
+    arch = chosen(SPACES["small"][0], random_options(SPACES["small"][0], seeded(3)))
+    sizes = []
+    for factor in (1, 1.5, 2, 4):
+        scaled = derive.scale(arch, 2, factor * macs(arch))
+        assert macs(scaled) <= factor * macs(arch) and scaled.stage == 2
+        assert Arch.from_json(scaled.to_json()) == scaled
+        assert (scaled.stem, scaled.head, scaled.resolution) == (arch.stem, arch.head, arch.resolution)
+        firsts = [b for b in scaled.blocks if not b.residual]
+        assert [(b.op, b.stride) for b in firsts] == [(b.op, b.stride) for b in arch.blocks]
+        assert all(b.out >= a.out for a, b in zip(arch.blocks, firsts))
+        sizes.append(macs(scaled))
+    assert sizes == sorted(sizes) and sizes[0] == macs(arch) and sizes[-1] > 2 * macs(arch)
+    with pytest.raises(ValueError, match="does not fit"):
+        derive.scale(arch, 1, macs(arch) - 1)
+
+
+def test_a_runs_supernet_opens_as_it_was_saved(tmp_path):
+    net = settle(SuperNet(SPACES["small"][1]._replace(resolution=32), 3, 7, seeded()))
+    (tmp_path / "A1.json").write_text(derive.derive(net).to_json())
+    torch.save(net.state_dict(), tmp_path / "A1.pt")
+    found = derive.open_supernet(tmp_path, 1)
+    assert found.space == net.space
+    wanted = net.state_dict()
+    assert all(torch.equal(t, wanted[name]) for name, t in found.state_dict().items())

@@ -1,0 +1,168 @@
+"""The eight candidates (Table 2): expand, depthwise, squeeze-excite or not, project, at any prefix width.
+
+The oracle is a plain nn.Sequential of nn.Conv2d, nn.BatchNorm2d and torchvision's SqueezeExcitation, built
+at the narrow width from the leading corner of every weight. For masks: all channels, then multiplied.
+"""
+import itertools
+
+import pytest
+import torch
+from oracles import (
+    OPS,
+    fit,
+    kernel,
+    masked_candidate,
+    near8,
+    pixels,
+    plain_candidate,
+    seeded,
+    soft_mask,
+    stir,
+)
+from torch import nn
+from torch.testing import assert_close
+
+from ops import InvertedResidual, add_residual, conv, mask, norm
+from space import CANDIDATES
+
+WIDE = (16, 48, 24)                                                     # inputs, hidden, outputs
+NARROW = (WIDE, (8, 48, 24), (16, 24, 24), (16, 48, 8), (8, 8, 8), (12, 40, 20))
+
+
+def candidate(op, stride=1, expand=True, wide=WIDE):
+    inputs, hidden, outputs = wide
+    made = InvertedResidual(op, inputs, hidden if expand else inputs, outputs, stride, expand)
+    return stir(made.double(), OPS.index(op))
+
+
+def image(channels, size=5, seed=1):
+    return torch.randn(3, channels, size, size, generator=seeded(seed), dtype=torch.float64)
+
+
+def test_table_2_has_eight_candidates_named_by_what_they_are():
+    assert tuple(CANDIDATES) == OPS
+    for op, (k, se, activation) in CANDIDATES.items():
+        assert k == kernel(op) and se == ("_se" in op) and activation == ("hswish" if "_hs" in op else "relu")
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("training", [False, True])
+def test_a_candidate_at_any_prefix_width_is_a_plain_one_with_sliced_weights(op, training):
+    for stride, expand in itertools.product((1, 2), (True, False)):
+        for inputs, hidden, outputs in NARROW:
+            hidden = hidden if expand else inputs
+            wide = candidate(op, stride, expand).train(training)
+            plain = plain_candidate(wide, op, inputs, hidden, outputs, stride, expand)
+            x = image(inputs)
+            found = wide(x, (hidden, hidden), torch.ones(1), outputs)
+            assert found.shape == (3, outputs, pixels(5, kernel(op), stride), pixels(5, kernel(op), stride))
+            assert_close(found, plain(x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_without_widths_a_candidate_is_at_its_widest(op):
+    for stride, expand in itertools.product((1, 2), (True, False)):
+        wide, x = candidate(op, stride, expand).eval(), image(WIDE[0])
+        plain = plain_candidate(wide, op, WIDE[0], WIDE[1] if expand else WIDE[0], WIDE[2], stride, expand)
+        assert_close(wide(x), plain(x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_batch_norm_statistics_are_updated_in_the_prefix_alone(op):
+    wide = candidate(op).train()
+    before = {name: tensor.clone() for name, tensor in wide.state_dict().items()}
+    inputs, hidden, outputs = 8, 24, 16
+    plain = plain_candidate(wide, op, inputs, hidden, outputs, 1, True)
+    x = image(inputs)
+    wide(x, (hidden, hidden), torch.ones(1), outputs), plain(x)
+    oracle = [layer for layer in plain if isinstance(layer, nn.BatchNorm2d)]
+    for name, layer, c in zip(("norm1", "norm2", "norm3"), oracle, (hidden, hidden, outputs), strict=True):
+        for what in ("running_mean", "running_var"):
+            found, old = getattr(getattr(wide, name), what), before[f"{name}.{what}"]
+            assert_close(found[:c], getattr(layer, what), rtol=1e-9, atol=1e-9)
+            assert not torch.equal(found[:c], old[:c]) and torch.equal(found[c:], old[c:])
+    for name, p in wide.named_parameters():
+        assert torch.equal(p, before[name])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_gradients_of_a_narrow_candidate_stay_in_the_prefix(op):
+    wide, x = candidate(op).eval(), image(8).requires_grad_()
+    plain, z = plain_candidate(wide, op, 8, 24, 16, 1, True), x.detach().clone().requires_grad_()
+    wide(x, (24, 24), torch.ones(1), 16).square().sum().backward()
+    plain(z).square().sum().backward()
+    assert_close(x.grad, z.grad, rtol=1e-9, atol=1e-9)
+    mine, theirs = [p.grad for p in wide.parameters()], [p.grad for p in plain.parameters()]
+    for found, small in zip(mine, theirs, strict=True):                 # both in the order of computation
+        corner = tuple(slice(n) for n in small.shape)
+        assert_close(found[corner], small, rtol=1e-9, atol=1e-9)
+        rest = found.clone()
+        rest[corner] = 0
+        assert not rest.any()
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("training", [False, True])
+def test_two_expansions_are_one_soft_mask_behind_batch_norm_and_activation(op, training):
+    for low, high in ((8, 48), (24, 40), (40, 48), (24, 24), (8, 16)):  # of 8 and 16 both squeeze to 8
+        for stride in (1, 2):
+            wide, gates = candidate(op, stride).train(training), torch.tensor([0.3, 0.7], dtype=torch.float64)
+            x = image(16)
+            found = wide(x, (low, high), gates, 24)
+            hidden = soft_mask((low, high), gates, 48)
+            squeezed = soft_mask((near8(low / 4), near8(high / 4)), gates, 16)
+            assert_close(found, masked_candidate(wide, op, x, hidden, squeezed), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_weights_have_the_papers_shapes(op):
+    c = InvertedResidual(op, 16, 48, 24, 2)
+    k = kernel(op)
+    assert c.expand.weight.shape == (48, 16, 1, 1) and c.project.weight.shape == (24, 48, 1, 1)
+    assert c.depthwise.weight.shape == (48, 1, k, k) and c.depthwise.stride == (2, 2)
+    assert c.expand.bias is c.depthwise.bias is c.project.bias is None
+    assert [len(n.weight) for n in (c.norm1, c.norm2, c.norm3)] == [48, 48, 24]
+    if "_se" in op:                                                     # a quarter of 48 is 12, rounded to 16
+        assert c.squeeze.weight.shape == (16, 48, 1, 1) and c.excite.weight.shape == (48, 16, 1, 1)
+        assert c.squeeze.bias is not None and c.excite.bias is not None
+    else:
+        assert c.squeeze is c.excite is None
+    assert InvertedResidual(op, 16, 16, 24, expand=False).expand is None
+
+
+@pytest.mark.parametrize("layer, inputs, outputs", [
+    (nn.Conv2d(6, 10, 1), 4, 7), (nn.Conv2d(6, 10, 1, bias=False), 4, 7),
+    (nn.Conv2d(6, 10, 3, 2, 1, bias=False), 6, 7), (nn.Conv2d(6, 6, 5, 2, 2, groups=6, bias=False), 4, 4)])
+def test_a_convolution_is_the_prefix_of_the_whole_one(layer, inputs, outputs):
+    layer, x = stir(layer.double()), image(inputs)
+    assert_close(conv(x, layer, outputs), layer(fit(x, 6))[:, :outputs], rtol=1e-9, atol=1e-9)
+    if layer.kernel_size == (1, 1):                                     # the consumers of masked channels
+        scale = torch.linspace(0, 2, inputs, dtype=torch.float64)
+        full = layer(fit(x * scale.view(1, -1, 1, 1), 6))[:, :outputs]
+        assert_close(conv(x, layer, outputs, scale), full, rtol=1e-9, atol=1e-9)
+
+
+def test_a_batch_norm_keeps_its_momentum_and_epsilon():
+    for training in (False, True):
+        layer = stir(nn.BatchNorm2d(6, eps=0.01, momentum=0.3).double()).train(training)
+        oracle = stir(nn.BatchNorm2d(6, eps=0.01, momentum=0.3).double()).train(training)
+        x = image(6)
+        assert_close(norm(x[:, :4], layer), oracle(x)[:, :4], rtol=1e-9, atol=1e-9)
+        assert_close(layer.running_var[:4], oracle.running_var[:4], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("low, high", [(8, 24), (16, 24), (1, 2), (3, 3)])
+def test_the_mask_is_the_weighted_sum_of_two_prefixes(low, high):
+    gates = torch.tensor([0.2, 0.8])
+    prefix = torch.stack([torch.cat([torch.ones(w), torch.zeros(high - w)]) for w in (low, high)])
+    assert_close(mask(gates, low, high), gates @ prefix)
+    assert mask(gates, low, high).shape == (high,)
+    assert torch.equal(mask(torch.ones(1), high, high), torch.ones(high))
+
+
+def test_a_residual_is_cut_or_padded_to_the_output():
+    x, y = image(6), image(4, seed=2)
+    assert torch.equal(add_residual(y, x), y + x[:, :4])                              # cut
+    wider = add_residual(x, y)                                                        # padded
+    assert torch.equal(wider[:, :4], x[:, :4] + y) and torch.equal(wider[:, 4:], x[:, 4:])
+    assert torch.equal(add_residual(x, x), 2 * x)
