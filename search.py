@@ -28,6 +28,7 @@ from space import SPACES, Arch, write
 from supernet import SuperNet, require_grad, step_sampled, temperature
 
 WEIGHTS_A_STEP = 5              # the parts are 5/6 and 1/6: five weight steps, then one of the architecture
+HISTORY = 200                   # steps between the architecture probabilities that the log keeps
 WEIGHTS, ALPHAS, PATHS, GROWTH = range(4)   # what is drawn: with seed, stage and step it seeds a generator
 METHODS = {"cst": "curriculum supernet training, the paper's",
            "direct": "every stage from scratch, without a teacher",
@@ -48,7 +49,7 @@ def search(args, images, out, device, caught):
     loader = data.Loader(images, data.statistics(images, parts[0]), args.batch_size, device)
     shape = {"in_channels": images.pixels.shape[1], "classes": images.classes}
     supernet = teacher = None
-    run = {"stage": 0, "step": 0, "seconds": 0.0, "means": {}, "log": [], "summary": []}
+    run = {"stage": 0, "step": 0, "seconds": 0.0, "means": {}, "alphas": [], "log": [], "summary": []}
     resumed = args.resume and (out / "last.pt").exists()
     if resumed:
         run = torch.load(out / "last.pt", map_location=device, weights_only=True)
@@ -158,11 +159,15 @@ def train_stage(supernet, teacher, sgd, adam, loader, parts, args, run, caught):
                 bar.update()
                 if (step + 1 - first) % 50 == 0:    # now and then: reading a number waits for the device
                     report(bar, f"A{stage} step {step + 1}/{steps}", run["means"], tau, lam)
+                if (step + 1) % HISTORY == 0:
+                    run["alphas"].append([step + 1, supernet.probabilities()])
                 if step + 1 < last and (caught or (step + 1) % args.checkpoint_every == 0):
                     yield None
         row = {"stage": stage, "epoch": epoch, "step": last, "steps": steps, **means(run["means"]),
-               "temperature": tau, "lambda": lam, "expected_macs": float(expected_macs(supernet, table))}
+               "temperature": tau, "lambda": lam, "expected_macs": float(expected_macs(supernet, table)),
+               "alphas": [*run["alphas"], [last, supernet.probabilities()]]}
         run["means"].clear()
+        run["alphas"].clear()
         yield row
 
 
@@ -179,7 +184,7 @@ def dry_run(args, images, device):
         sgd, adam = optimisers(supernet, args)
         ten = {**vars(args), "epochs": [10 * args.batch_size / len(parts[0])] * 5, "checkpoint_every": 5}
         training = train_stage(supernet, teacher, sgd, adam, loader, parts, argparse.Namespace(**ten),
-                               {"step": 0, "means": {}}, [])
+                               {"step": 0, "means": {}, "alphas": []}, [])
         next(training)                              # five steps to warm up, and five to measure
         clock = time.perf_counter()
         next(training)

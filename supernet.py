@@ -93,6 +93,11 @@ class SuperNet(nn.Module):
         """The architecture parameters, alpha, in the order of blocks and `CHOICES`: trained by Adam on the other 1/6."""
         return [a for block in self.blocks for a in block.alphas.values()]
 
+    def probabilities(self):
+        """For each block a dict from a choice's name to the softmax of its logits, as lists of numbers."""
+        return [{name: F.softmax(alpha.detach(), 0).tolist() for name, alpha in block.alphas.items()}
+                for block in self.blocks]
+
     def sample(self, tau, generator):
         """Draw two paths at temperature tau: for each block a dict from `CHOICES` to `Draw`.
 
