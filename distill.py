@@ -3,7 +3,7 @@ import torch.nn.functional as F
 
 
 def ratio(progress, first=0.5, last=0.05):
-    """lambda at `progress` in [0, 1] of a stage: the paper initialises it as 0.5 and reduces it to 0.05 linearly."""
+    """lambda at `progress` in [0, 1] of a stage: linearly from 0.5 to 0.05, as the paper says."""
     return first + (last - first) * progress
 
 

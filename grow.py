@@ -7,9 +7,9 @@ and the hidden and squeezed channels of every candidate. Deeper: a new block at 
 as the identity.
 
 `widen` says how the new channels are consumed:
-  eq3    the paper's: divided by the number of copies. The network of the largest widths computes the same; a narrower
-         one does not, since its prefix has the divided weights and lacks the copies.
-  zero   ours: not at all at first. Every sub-network of the old supernet computes the same, the largest included.
+  eq3    the paper's: divided by the number of copies. The network of the largest widths computes the
+         same; a narrower one does not, since its prefix has the divided weights and lacks the copies.
+  zero   ours: not at all at first. Every sub-network of the old supernet computes the same.
   naive  the ablation ("naive progressive search"): old weights in the old places, all others stay random.
 """
 import torch
@@ -27,7 +27,10 @@ def channel_map(old, new, generator=None):
 
 
 def produce(weight, f):
-    """Eq. 2: the filters (dimension 0) of the new channels are copies. Batch-norm vectors alike: (old, ..) -> (new, ..)."""
+    """Eq. 2: the filters (dimension 0) of the new channels are copies; batch-norm vectors alike.
+
+    (old, ..) -> (new, ..).
+    """
     return weight[f]
 
 
@@ -38,7 +41,8 @@ def consume(weight, f, widen):
     input, output].
     """
     old = weight.shape[1]
-    share = 1 / torch.bincount(f, minlength=old)[f] if widen == "eq3" else (torch.arange(len(f)) < old).float()
+    copies = torch.bincount(f, minlength=old)[f]                       # of each channel: |{z: f(z) = f(j)}|
+    share = 1 / copies if widen == "eq3" else (torch.arange(len(f)) < old).float()
     return weight[:, f] * share.to(weight).view(1, -1, *[1] * (weight.dim() - 2))
 
 
@@ -55,7 +59,7 @@ def grow(supernet, space, generator=None, widen="eq3"):
     device = classifier.weight.device
     grown = SuperNet(space, supernet.stem.in_channels, classifier.out_features, generator)
     old_blocks = {(b.block.row, b.block.place): b for b in supernet.blocks}
-    f_row = torch.arange(space.stem)                                     # the map of the channels that come in
+    f_row = torch.arange(space.stem)                                   # the map of the channels that come in
     copy_layer(supernet.stem, grown.stem, f_row, torch.arange(grown.stem.in_channels), widen)
     copy_norm(supernet.stem_norm, grown.stem_norm, f_row, widen)
     for new in grown.blocks:
@@ -83,7 +87,7 @@ def grow(supernet, space, generator=None, widen="eq3"):
 def widen_candidate(old, new, f_in, f_out, generator, widen):
     """Net2Wider of one candidate, old -> new, given the maps of the channels that come in and go out."""
     if old.expand is None:
-        f_hidden = f_in                                                  # no expand convolution: hidden is the input
+        f_hidden = f_in                                        # no expand convolution: hidden is the input
     else:
         f_hidden = channel_map(old.expand.out_channels, new.expand.out_channels, generator)
         copy_layer(old.expand, new.expand, f_hidden, f_in, widen)
@@ -145,8 +149,8 @@ def describe(old, new):
         return (len(spaces), max(b.widths[-1] for b in spaces), max(b.expansions[-1] for b in spaces),
                 sum(p.numel() for p in net.weights()) / 1e6)
     (b0, w0, e0, p0), (b1, w1, e1, p1) = size(old), size(new)
-    return (f"grown from A{old.space.stage}: {b0} -> {b1} blocks, widths up to {w0} -> {w1}, expansions up to {e0:g} -> {e1:g}, "
-            f"{p0:.2f} -> {p1:.2f} M weights")
+    return (f"grown from A{old.space.stage}: {b0} -> {b1} blocks, widths up to {w0} -> {w1}, "
+            f"expansions up to {e0:g} -> {e1:g}, {p0:.2f} -> {p1:.2f} M weights")
 
 
 @torch.no_grad()

@@ -51,7 +51,8 @@ def mask(gates, low, high):
 
 def add_residual(y, x):
     """y (B, o, H, W) + x (B, i, H, W), the input cut or padded with zeros to the output's width."""
-    return y + (x[:, :y.shape[1]] if x.shape[1] >= y.shape[1] else F.pad(x, (0, 0, 0, 0, 0, y.shape[1] - x.shape[1])))
+    wider = y.shape[1] - x.shape[1]
+    return y + (F.pad(x, (0, 0, 0, 0, 0, wider)) if wider > 0 else x[:, :y.shape[1]])
 
 
 class InvertedResidual(nn.Module):
@@ -90,7 +91,7 @@ class InvertedResidual(nn.Module):
         x = self.act(norm(conv(x, self.depthwise, high), self.norm2))          # depthwise: (B, e, H', W')
         if self.squeeze is not None:
             small, large = round8(low / 4), round8(high / 4)
-            s = F.relu(conv(x.mean((2, 3), keepdim=True), self.squeeze, large, columns))          # (B, s, 1, 1)
-            s = conv(s, self.excite, high, mask(gates, small, large) if small < large else None)  # (B, e, 1, 1)
+            s = F.relu(conv(x.mean((2, 3), keepdim=True), self.squeeze, large, columns))       # (B, s, 1, 1)
+            s = conv(s, self.excite, high, mask(gates, small, large) if low < high else None)  # (B, e, 1, 1)
             x = x * F.hardsigmoid(s)
         return norm(conv(x, self.project, outputs, columns), self.norm3)       # project: (B, o, H', W')

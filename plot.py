@@ -1,17 +1,65 @@
-"""The curves and pictures, from a run's files alone (Figs. 3-6).
+"""The curves and pictures of runs, from the files in their folders alone (Figs. 3-6).
 
     python plot.py runs/001 [runs/002 ..]
+
+curve.png          accuracy against MACs and parameters, of all runs. Those that differ in the seed alone
+                   are one line: the mean, with the standard deviation as error bars
+architectures.png  the networks A0..A4 of the first run, a box a block
+alphas.png         what the first run's supernets chose, and when: probabilities and their entropy
+
+Made for print: 8 points at a width of 7.2 inches, colours that everybody can tell apart, and beside each
+colour a mark, a hatch or a dash.
 """
 import argparse
+import contextlib
+import io
+import itertools
 import json
+import math
+import os
+import re
 import sys
+import textwrap
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")      # Okabe and Ito: told apart by all
-MARKS = "osD^vP"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")      # Okabe and Ito's
+MARKS = "osD^vPX"                                               # one more than colours: 42 different pairs
+STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 8, "xtick.labelsize": 8,
+         "ytick.labelsize": 8, "axes.linewidth": 0.6, "lines.linewidth": 1.2, "lines.markersize": 5,
+         "hatch.linewidth": 0.7, "patch.linewidth": 0.7, "axes.spines.top": False,
+         "axes.spines.right": False, "legend.frameon": False}
+FILES = {"trained.json": ("trained, test images", {}),
+         "summary.json": ("supernet's weights, architecture part", {"mfc": "white", "ls": "--"})}
+NAMED, NO_SETTING = ("method", "space", "data"), ("seed", "device", "checkpoint_every")
+OPS = ("ir_k3", "ir_k5", "ir_k3_hs", "ir_k5_hs", "ir_k3_se", "ir_k5_se", "ir_k3_se_hs", "ir_k5_se_hs")
+# Warm is ReLU and cool is hswish, dark has squeeze-excite; in grey these are four steps. Hatched is 5x5.
+FILLS = {"": ("#F0E442", "ReLU"), "_hs": ("#56B4E9", "hswish"), "_se": ("#D55E00", "SE, ReLU"),
+         "_se_hs": ("#0072B2", "SE, hswish")}
+
+
+class Missing(ValueError):
+    """A run does not have what a picture shows, though nothing is wrong with it."""
+
+
+@contextlib.contextmanager
+def reading(file):
+    """What goes wrong in here, with a file that a run left, becomes a ValueError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON ({error})") from None
+    except (ArithmeticError, LookupError, AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not what a run writes ({error!r})") from None
 
 
 def table(summary):
@@ -25,50 +73,340 @@ def table(summary):
     return "\n".join([*lines, f"all    {'':>9} {'':>11} {'':>13} {seconds:>9.1f} {kwh:>9.5f} {co2e:>10.5f}"])
 
 
+def measured(file):
+    """The rows of a summary.json or trained.json, none if it is not there, whose accuracy was measured:
+    [(name, MACs in M, parameters in M, accuracy in %), ..].
+    """
+    if not file.exists():
+        return []
+    with reading(file):
+        rows = [row for row in json.loads(file.read_text()) if row["accuracy"] is not None]
+        return [(str(row.get("name", f"A{row['stage']}")), row["flops"] / 1e6, row["params"] / 1e6,
+                 100 * row["accuracy"]) for row in rows]
+
+
+def experiments(runs):
+    """{label: folders}: runs whose args.json differ in the seed alone are one experiment.
+
+    A label names method, space and data, and of those that share all three what else tells them apart.
+    """
+    groups = {}
+    for run in map(Path, runs):
+        args = {"method": run.resolve().name, "run": str(run)}
+        if (run / "args.json").exists():
+            with reading(run / "args.json"):
+                args = dict(json.loads((run / "args.json").read_text()))
+        key = json.dumps({k: v for k, v in args.items() if k not in NO_SETTING}, sort_keys=True)
+        twin = groups.setdefault(key, {}).setdefault(str(args.get("seed")), run)
+        if twin is not run:
+            raise ValueError(f"{run} has the settings and the seed of {twin}: name one of them")
+    settings, labels = [json.loads(key) for key in groups], []
+    for mine in settings:
+        alike = [other for other in settings if all(other.get(k) == mine.get(k) for k in NAMED)]
+        words = [str(mine[k]) for k in NAMED if k in mine]
+        for k, v in mine.items():
+            if k not in (*NAMED, "run") and not isinstance(v, list) and any(o.get(k, v) != v for o in alike):
+                words.append({True: k, False: f"no {k}"}[v] if isinstance(v, bool) else f"{k} {v}")
+        labels.append(", ".join(words))
+    members = [list(seeds.values()) for seeds in groups.values()]
+    return {label if labels.count(label) == 1 else f"{label} ({folders[0]})": folders
+            for label, folders in zip(labels, members)}
+
+
+class Line(NamedTuple):
+    """One line of the curve. points: {"A0": array (runs, 3)} of MACs (M), parameters (M), accuracy (%)."""
+    label: str
+    file: str
+    points: dict
+
+
+def curves(runs):
+    """([`Line`, ..], {name: array (n, 3)}): the lines of `runs`, and other networks in their trained.json."""
+    lines, others = [], {}
+    for (label, folders), file in itertools.product(experiments(runs).items(), FILES):
+        points = {}
+        for name, *point in (row for run in folders for row in measured(run / file)):
+            if re.fullmatch("A[0-4]", name):
+                points.setdefault(name, []).append(point)
+            elif point not in others.setdefault(name, []):          # several runs may hold the same network
+                others[name].append(point)
+        if points:
+            lines.append(Line(label, file, {name: np.array(points[name]) for name in sorted(points)}))
+    return lines, {name: np.array(points) for name, points in others.items()}
+
+
+def spread(points):
+    """(mean, standard deviation) over the rows of (n, 3): that of a sample, with n - 1, so NaN of one row."""
+    mean = points.mean(0)
+    return mean, points.std(0, ddof=1) if len(points) > 1 else np.full_like(mean, np.nan)
+
+
 def curve(runs, path):
-    """Accuracy against MACs (Fig. 3) and parameters (Fig. 4) of the networks of `runs`, folders; drawn
-    into `path`.
+    """Accuracy against MACs (Fig. 3) and parameters (Fig. 4) of the networks of `runs`, folders, into `path`.
 
     Open marks: with the supernet's weights, on the architecture split (summary.json). Filled: trained, on
-    the test images (trained.json, which train.py leaves).
+    the test images (trained.json, which train.py leaves). Returns the figure.
     """
-    figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for n, run in enumerate(runs):
-        style = {"color": COLOURS[n % len(COLOURS)], "marker": MARKS[n % len(MARKS)]}
-        for file, words, more in (("summary.json", "supernet's weights, architecture split", {"mfc": "white", "ls": "--"}),
-                                  ("trained.json", "trained, test images", {})):
-            if not (Path(run) / file).exists():
-                continue
-            rows = [row for row in json.loads((Path(run) / file).read_text()) if row["accuracy"] is not None]
-            rows.sort(key=lambda row: row["flops"])
-            label = words if len(runs) == 1 else f"{Path(run).name}: {words}"
-            for axis, key in zip(axes, ("flops", "params")):
-                axis.plot([row[key] / 1e6 for row in rows], [100 * row["accuracy"] for row in rows], label=label, **style, **more)
-                for row in rows:
-                    axis.annotate(f"A{row['stage']}", (row[key] / 1e6, 100 * row["accuracy"]), (4, -11),
-                                  textcoords="offset points", fontsize=8)
-    axes[0].set(xlabel="MACs of one image (millions)", ylabel="top-1 accuracy (%)", title="accuracy against FLOPs (as Fig. 3)")
-    axes[1].set(xlabel="parameters (millions)", title="accuracy against size (as Fig. 4)")
-    for axis in axes:
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, fontsize=8)
-    FigureCanvasAgg(figure).print_png(path)               # straight into a file: no screen is needed
+    lines, others = curves(runs)
+    files = [f for f in FILES if any(line.file == f for line in lines) or (f == "trained.json" and others)]
+    if not files:
+        raise Missing(f"{' '.join(map(str, runs))}: no accuracy in summary.json or trained.json")
+    handles, styles = [], {}
+    for n, label in enumerate(dict.fromkeys(line.label for line in lines)):
+        sizes = {len(points) for line in lines if line.label == label for points in line.points.values()}
+        styles[label] = {"color": COLOURS[n % len(COLOURS)], "marker": MARKS[n % len(MARKS)]}
+        handles.append(Line2D([], [], **styles[label], **FILES[files[0]][1] | {"ls": ""},
+                              label=f"{label}, n = " + "..".join(map(str, sorted({min(sizes), max(sizes)})))))
+    if any(len(p) > 1 for group in (others, *(line.points for line in lines)) for p in group.values()):
+        handles.append(Line2D([], [], color="0.3", marker="|", ms=8, lw=0.8,
+                              label="standard deviation over n seeds"))
+    with rc_context(STYLE):
+        figure = blank(7.2, 2.7 * len(files) + 0.4 + 0.17 * math.ceil(len(handles) / 2))
+        panels, notes = figure.subplots(len(files), 2, sharex="col", sharey="row", squeeze=False), {}
+        for (row, file), column in itertools.product(enumerate(files), (0, 1)):
+            axis, bars = panels[row, column], {"elinewidth": 0.8, "capsize": 2}
+            texts = notes[axis] = []
+            for name, points in others.items() if file == "trained.json" else ():
+                mean, std = spread(points)
+                axis.errorbar(mean[column], mean[2], std[2], std[column], label=name, color="black",
+                              marker="*", ms=7, **bars)
+                texts.append((*mean[[column, 2]], textwrap.fill(name, 18), True))
+            for n, line in enumerate(line for line in lines if line.file == file):
+                mean, std = (np.array(values) for values in zip(*map(spread, line.points.values())))
+                axis.errorbar(mean[:, column], mean[:, 2], std[:, 2], std[:, column], label=line.label,
+                              **bars, **styles[line.label], **FILES[file][1])
+                # Many labels would only be in the way: the points of the other lines are A0, A1, .. as well.
+                if n < 2 or list(line.points) != [f"A{n}" for n in range(len(line.points))]:
+                    texts += [(*at[[column, 2]], name, False) for at, name in zip(mean, line.points)]
+            axis.grid(alpha=0.3, lw=0.5)
+            axis.margins(0.12)
+            axis.set(xlabel=("MACs of one image (millions)", "parameters (millions)")[column],
+                     ylabel=f"top-1 accuracy (%)\n{FILES[file][0]}")
+            axis.label_outer()
+        figure.legend(handles=handles, loc="outside lower center", ncols=2)
+        figure.draw_without_rendering()                       # now it is known where everything is
+        figure.set_layout_engine("none")
+        for axis, texts in notes.items():
+            place(axis, texts)
+    return save(figure, path)
+
+
+def place(axis, texts):
+    """Annotate points (x, y, text, needed) where no line, mark, error bar, frame or other text is.
+
+    A text without such a place goes where it hides least if it is needed, else it is left out.
+    """
+    unit, mark = axis.figure.dpi / 72, np.array(list(itertools.product((-3, 0, 3), repeat=2)))    # in points
+    paths = [(line.get_xydata(), line.get_linestyle() != "None") for line in axis.lines]
+    paths += [(np.reshape(bar, (-1, 2)), True) for bars in axis.collections for bar in bars.get_segments()]
+    ink = [np.zeros((0, 2))]                                                            # pixels drawn on
+    for path, joined in paths:
+        path = axis.transData.transform(path[np.isfinite(path).all(1)])
+        ink.append((path[:, None] + unit * mark).reshape(-1, 2))
+        for a, b in itertools.pairwise(path) if joined else ():
+            ink.append(a + (b - a) * np.linspace(0, 1, 2 + int(math.dist(a, b) / unit))[:, None])
+    ink, taken, frame = np.concatenate(ink), [], axis.get_window_extent()
+    sides = ((1, -1), (-1, 1), (1, 0), (0, -1), (0, 1), (-1, 0), (1, 1), (-1, -1))      # the best one first
+    for x, y, text, needed in texts:
+        note, tried = axis.annotate(text, (x, y), (0, 0), textcoords="offset points"), {}
+        for where in itertools.product((4, 7, 12) if needed else (4, 7), sides):
+            box = move(note, *where)
+            inside = (frame.min < box.min).all() and (box.max < frame.max).all()
+            tried[where] = (((ink > box.min) & (ink < box.max)).all(1).sum()
+                            + 200 * sum(map(box.overlaps, taken)) + 900 * (not inside))
+        best = min(tried, key=tried.get)
+        if needed or not tried[best]:
+            taken.append(move(note, *best))
+        else:
+            note.remove()
+
+
+def move(note, far, side):
+    """Put an annotation so many points to a side (right, up) of what it annotates. Its box in pixels."""
+    right, up = side
+    note.set(position=(far * right, far * up), ha=("center", "left", "right")[right],
+             va=("center", "bottom", "top")[up])
+    return note.get_window_extent(note.figure.canvas.get_renderer()).padded(1)
+
+
+def networks(run):
+    """{"A0": blocks, ..} of A0.json .. in a run's folder, a dict a block, with more keys than in the file:
+
+    column, (its row in the paper's tables, its place there); kind, the operation without its kernel; five,
+    whether that is 5x5; expansion, hidden width over input width; pixels, a side of its output.
+    """
+    found = {}
+    for file in sorted(Path(run).glob("A[0-4].json")):
+        with reading(file):
+            arch, row, place, blocks = json.loads(file.read_text()), -1, 0, []
+            width, pixels = arch["stem"], (arch["resolution"] + 1) // 2
+            for b in arch["blocks"]:
+                row, place = (row, place + 1) if b["residual"] else (row + 1, 0)
+                pixels = (pixels + 1) // 2 if b["stride"] == 2 else pixels
+                blocks.append(b | {"column": (row, place), "kind": b["op"][5:], "pixels": pixels,
+                                   "five": OPS.index(b["op"]) % 2 == 1, "expansion": b["hidden"] / width})
+                width = b["out"]
+            found[file.stem] = blocks
+    if not any(found.values()):
+        raise Missing(f"{run} has no networks A0.json, A1.json, ..")
+    return found
+
+
+def architectures(run, path):
+    """The networks A0..A4 of `run`, a folder, into `path`: a row a network, a box a block, as high as its
+    output is wide. Blocks of one row of the paper's tables stand together. Returns the figure.
+    """
+    found, macs = networks(run), {name: flops for name, flops, *_ in measured(Path(run) / "summary.json")}
+    every = [b for blocks in found.values() for b in blocks]
+    columns, pixels = sorted({b["column"] for b in every}), {b["column"]: b["pixels"] for b in every}
+    step, tall, widest = min(0.6, max(0.29, 5.5 / len(columns))), 0.6, max(b["out"] for b in every)
+    left = {column: 0.95 + n * step + 0.12 * column[0] for n, column in enumerate(columns)}   # all in inches
+    right, height = left[columns[-1]] + step, 1.2 * len(found) + 0.85
+    with rc_context(STYLE):
+        figure = blank(max(7.2, right + 0.05), height, None)
+        axis = figure.add_axes((0, 0, 1, 1), xlim=(0, max(7.2, right + 0.05)), ylim=(0, height))
+        axis.set_axis_off()
+        axis.text(0.87, height - 0.2, "pixels", ha="right", color="0.35")
+        for size, same in itertools.groupby(columns, pixels.get):
+            first, *_, last = [left[column] for column in same] * 2
+            axis.plot([first + 0.08 * step, last + 0.92 * step], [height - 0.26] * 2, color="0.6", lw=0.8)
+            axis.text((first + last + step) / 2, height - 0.2, f"{size}×{size}" if last > first else size,
+                      ha="center")
+        for n, (name, blocks) in enumerate(found.items()):
+            base = height - 1.2 * n - 0.4 - tall
+            axis.plot([0.95, right], [base, base], color="0.6", lw=0.8, zorder=0)
+            axis.text(0.1, base + 0.24, name, weight="bold", fontsize=10)
+            if name in macs:
+                axis.text(0.1, base + 0.05, f"{macs[name]:.{2 if macs[name] < 100 else 0}f} M MACs")
+            for down, word in ((0.15, "kernel"), (0.28, "width"), (0.41, "expansion")):
+                axis.text(0.87, base - down, word, ha="right", color="0.35")
+            for b in blocks:
+                start, high = left[b["column"]] + 0.08 * step, tall * b["out"] / widest
+                axis.add_patch(Rectangle((start, base), 0.84 * step, high, facecolor=FILLS[b["kind"]][0],
+                                         edgecolor="black", hatch="////" if b["five"] else None))
+                words = "5×5" if b["five"] else "3×3", b["out"], f"{b['expansion']:.1f}"
+                for down, word in zip((0.15, 0.28, 0.41), words):
+                    axis.text(start + 0.42 * step, base - down, word, ha="center")
+                if b["stride"] == 2:
+                    axis.plot(start + 0.42 * step, base + high + 0.07, "v", color="black")
+        handles = [Patch(facecolor=colour, edgecolor="black", hatch=hatch, label=f"{kernel}, {words}")
+                   for colour, words in FILLS.values() for kernel, hatch in (("3×3", None), ("5×5", "////"))]
+        handles.append(Line2D([], [], color="black", marker="v", ls="", label="stride 2"))
+        figure.legend(handles=handles, loc="lower center", ncols=5)
+    return save(figure, path)
+
+
+def history(run):
+    """{stage: [(step, blocks), ..]}: the probabilities in a run's log.jsonl; a dict a block, by choice.
+
+    A row's "alphas" is either a list of [step, blocks], or the blocks alone, at the row's step.
+    """
+    file, found = Path(run) / "log.jsonl", {}
+    with reading(file):
+        for row in map(json.loads, file.read_text().splitlines()):
+            alphas = row.get("alphas", [])
+            for step, blocks in [(row["step"], alphas)] if alphas and isinstance(alphas[0], dict) else alphas:
+                for p in (p for block in blocks for p in block.values()):
+                    if min(p) < 0 or abs(sum(p) - 1) > 1e-3:
+                        raise ValueError(f"{p} are not probabilities")
+                if any(len(block["op"]) != len(OPS) for block in blocks):
+                    raise ValueError(f"not {len(OPS)} operations")
+                found.setdefault(row["stage"], {})[step] = blocks       # the last step may be there twice
+    if not found:
+        raise Missing(f'{file} has no "alphas": it was written before the log kept them')
+    return {stage: sorted(steps.items()) for stage, steps in sorted(found.items())}
+
+
+def entropy(p):
+    """Of the probabilities of n options, over log n: 1 if all are alike, 0 if one is certain."""
+    p = np.asarray(p, float)
+    return float(-(p * np.log(np.where(p > 0, p, 1))).sum() / np.log(len(p)))
+
+
+def entropies(steps):
+    """{choice: [..]}: at each (step, blocks) the mean `entropy` over the blocks that have this choice."""
+    each = {name: [[entropy(b[name]) for b in blocks if len(b.get(name, ())) > 1] for _, blocks in steps]
+            for name in ("op", "expansion", "width")}
+    return {name: [float(np.mean(values)) for values in steps] for name, steps in each.items() if all(steps)}
+
+
+def alphas(run, path):
+    """What the supernets of `run`, a folder, chose, and when; drawn into `path`. Returns the figure.
+
+    Above: the probabilities of the operations at the end of each stage. Below: the mean entropy of each
+    choice, over that of the uniform distribution. ValueError if the log has no probabilities.
+    """
+    found = history(run)
+    most, last = max(len(steps[-1][1]) for steps in found.values()), 0
+    with rc_context(STYLE):
+        figure = blank(max(4.5, 0.8 + 1.28 * len(found)), 2.8 + 0.15 * most)
+        grid = figure.add_gridspec(2, len(found), height_ratios=(0.6 + 0.15 * most, 1.6))
+        below = figure.add_subplot(grid[1, :])
+        for n, (stage, steps) in enumerate(found.items()):
+            blocks, axis = steps[-1][1], figure.add_subplot(grid[0, n])
+            image = axis.imshow([b["op"] for b in blocks], cmap="Blues", vmin=0, vmax=1, aspect="auto")
+            axis.add_patch(Rectangle((-0.5, -0.5), 8, len(blocks), fill=False, ec="0.5", clip_on=False))
+            axis.set(title=f"A{stage}", ylim=(most - 0.5, -0.5), yticks=range(len(blocks)))
+            axis.set_ylabel("" if n else "block", loc="top")
+            axis.set_xticks(range(len(OPS)), [op[3:].replace("_", " ") for op in OPS], rotation=90)
+            axis.xaxis.tick_top()
+            axis.tick_params(length=0)
+            axis.spines[:].set_visible(False)
+            first, last = last, last + steps[-1][0]
+            for i, (name, values) in enumerate(entropies(steps).items()):
+                below.plot([first + step for step, _ in steps], values, ("-", "--", ":")[i], color=COLOURS[i],
+                           marker=MARKS[i], ms=3, clip_on=False, label="_" * n + name)
+            below.axvline(last, color="0.6", lw=0.6)
+            below.text((first + last) / 2, 1.07, f"A{stage}", ha="center")
+        figure.colorbar(image, ax=figure.axes[1:], label="probability")
+        below.set(xlim=(0, last), ylim=(0, 1.05), xlabel="weight steps",
+                  ylabel="mean entropy / log n\n(1 undecided, 0 decided)")
+        figure.legend(*below.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return save(figure, path)
+
+
+def blank(width, height, layout="constrained"):
+    """An empty figure of so many inches that needs no screen."""
+    figure = Figure((width, height), dpi=200, layout=layout)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure, path):
+    """Write a figure as PNG, whole or not at all, and return it."""
+    content, temporary = io.BytesIO(), Path(f"{path}.tmp")
+    with rc_context(STYLE):
+        figure.savefig(content, format="png")
+    temporary.write_bytes(content.getvalue())
+    os.replace(temporary, path)
+    return figure
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(prog="plot.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(prog="plot.py", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = lambda message: p.exit(2, f"plot.py: {message}\n")
     p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
-    p.add_argument("--out", type=Path, metavar="FILE", help="the picture (curve.png in the first run's folder)")
+    p.add_argument("--out", type=Path, metavar="DIR", help="folder of the pictures (the first run's)")
     args = p.parse_args(argv)
     for run in args.runs:
+        if not run.is_dir():
+            p.error(f"{run} is not a folder")
         if not (run / "summary.json").is_file():
             p.error(f"{run} has no summary.json: it is not the folder of a finished run")
-    path = args.out or args.runs[0] / "curve.png"
-    curve(args.runs, path)
-    print(f"curve: {path}")
+    out, first = args.out or args.runs[0], args.runs[0]
+    for draw, what in ((curve, args.runs), (architectures, first), (alphas, first)):
+        path = out / f"{draw.__name__}.png"
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            draw(what, path)
+            print(f"{draw.__name__}: {path}")
+        except Missing as error:
+            print(f"plot.py: no {path.name}: {error}", file=sys.stderr)
+        except OSError as error:
+            p.error(f"{path}: {error.strerror}")
+        except ValueError as error:
+            p.error(error)
 
 
 if __name__ == "__main__":

@@ -158,7 +158,7 @@ def round8(x):
 
 
 def options(spec):
-    """`(low, high, step)`, inclusive, or one number -> the tuple of its values. ValueError if `high` is not met."""
+    """`(low, high, step)` or one number -> all values. ValueError if they do not end at `high`."""
     if not isinstance(spec, tuple):
         return (spec,)
     low, high, step = spec
@@ -175,13 +175,13 @@ def read(table, name, stage):
     for r, (size, _, expansion, filters, n) in enumerate(rows):
         stride = round(size / table[r + 2][0])                       # over the resolution of the row below
         for place in range(n):
-            blocks.append(Block(r, place, options(expansion), options(filters), 1 if place else stride, place > 0,
-                                expand=expansion != 1))
+            blocks.append(Block(r, place, options(expansion), options(filters), stride=1 if place else stride,
+                                residual=place > 0, expand=expansion != 1))
     return Space(name, stage, resolution, stem, head, tuple(blocks))
 
 
 def check_growth(small, large):
-    """ValueError unless `large` only adds options to `small`, so that one supernet can grow into the other."""
+    """ValueError unless `large` only adds options to `small`, so that a supernet can grow."""
     if (small.stem, small.head) != (large.stem, large.head):
         raise ValueError(f"{large.name} A{large.stage}: stem and head may not change from A{small.stage}")
     grown = {(b.row, b.place): b for b in large.blocks}
@@ -245,8 +245,9 @@ class Arch(NamedTuple):
             if b.expand == (b.hidden != i):
                 del row["expand"]
             rows.append("  " + json.dumps(row))
-        facts = ", ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in self._asdict().items() if k != "blocks")
-        return "{" + facts + ",\n \"blocks\": [\n" + ",\n".join(rows) + "\n ]}\n"
+        facts = self._asdict()
+        del facts["blocks"]
+        return json.dumps(facts)[:-1] + ",\n \"blocks\": [\n" + ",\n".join(rows) + "\n ]}\n"
 
     @classmethod
     def from_json(cls, text):
@@ -257,16 +258,17 @@ class Arch(NamedTuple):
             raise ValueError(f"not JSON ({error})") from None
         _keys(found, set(cls._fields), "the network")
         _need(isinstance(found["space"], str), f"space is {found['space']!r}, not a name")
-        for key, least in zip(("stage", "resolution", "in_channels", "classes", "stem", "head"), (0, 1, 1, 2, 1, 1)):
-            _whole(found[key], least, key)
-        _need(isinstance(found["blocks"], list) and found["blocks"], "blocks is not a list of at least one block")
+        for key in ("stage", "resolution", "in_channels", "classes", "stem", "head"):
+            _whole(found[key], {"stage": 0, "classes": 2}.get(key, 1), key)
+        _need(isinstance(found["blocks"], list) and found["blocks"], "blocks is not a list of blocks")
         blocks, width = [], found["stem"]
         for n, row in enumerate(found["blocks"]):
             blocks.append(_block(row, width, f"block {n}"))
             width = blocks[-1].out
         arch = cls(**found | {"blocks": tuple(blocks)})
         strides = 2 * math.prod(b.stride for b in blocks)
-        _need(2 * arch.resolution > strides, f"resolution {arch.resolution} is too small for a total stride of {strides}")
+        _need(2 * arch.resolution > strides,
+              f"resolution {arch.resolution} is too small for a total stride of {strides}")
         return arch
 
 
@@ -280,10 +282,13 @@ def _block(row, inputs, where):
     block = ArchBlock(**{"expand": row["hidden"] != inputs, **row})
     _need(block.stride in (1, 2), f"{where}: stride is {block.stride}, not 1 or 2")
     for key in ("residual", "expand"):
-        _need(isinstance(getattr(block, key), bool), f"{where}: {key} is {getattr(block, key)!r}, not true or false")
-    _need(block.stride == 1 or not block.residual, f"{where}: a residual needs stride 1, but the stride is {block.stride}")
+        value = getattr(block, key)
+        _need(isinstance(value, bool), f"{where}: {key} is {value!r}, not true or false")
+    _need(block.stride == 1 or not block.residual,
+          f"{where}: a residual needs stride 1, but the stride is {block.stride}")
     _need(block.expand or block.hidden == inputs,
-          f"{where}: without an expand convolution hidden must be the {inputs} channels that come in, but is {block.hidden}")
+          f"{where}: without an expand convolution hidden must be the {inputs} channels that come in, "
+          f"but is {block.hidden}")
     return block
 
 
@@ -306,7 +311,7 @@ def _whole(value, least, what):
 
 
 def write(path, content):
-    """Write text or bytes to `path` whole or not at all: to a temporary file beside it, which then takes its name."""
+    """Write text or bytes to `path` whole or not at all: to a temporary file, which then takes its name."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:

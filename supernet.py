@@ -94,9 +94,9 @@ class SuperNet(nn.Module):
         return [a for block in self.blocks for a in block.alphas.values()]
 
     def probabilities(self):
-        """For each block a dict from a choice's name to the softmax of its logits, as lists of numbers."""
-        return [{name: F.softmax(alpha.detach(), 0).tolist() for name, alpha in block.alphas.items()}
-                for block in self.blocks]
+        """For each block a dict from a choice's name to the softmax of its logits, to four digits."""
+        return [{name: [round(p, 4) for p in F.softmax(alpha.detach(), 0).tolist()]
+                 for name, alpha in block.alphas.items()} for block in self.blocks]
 
     def sample(self, tau, generator):
         """Draw two paths at temperature tau: for each block a dict from `CHOICES` to `Draw`.
