@@ -192,9 +192,8 @@ def curve(runs, path):
 
 
 def place(axis, texts):
-    """Annotate points (x, y, text, needed) where no line, mark, error bar, frame or other text is.
-
-    A text without such a place goes where it hides least if it is needed, else it is left out.
+    """Annotate points (x, y, text, needed) where no line, mark, error bar, frame or other text is, and none
+    of the other points is as near. A text without such a place goes to the best if needed, else is left out.
     """
     unit, mark = axis.figure.dpi / 72, np.array(list(itertools.product((-3, 0, 3), repeat=2)))    # in points
     paths = [(line.get_xydata(), line.get_linestyle() != "None") for line in axis.lines]
@@ -207,12 +206,15 @@ def place(axis, texts):
             ink.append(a + (b - a) * np.linspace(0, 1, 2 + int(math.dist(a, b) / unit))[:, None])
     ink, taken, frame = np.concatenate(ink), [], axis.get_window_extent()
     sides = ((1, -1), (-1, 1), (1, 0), (0, -1), (0, 1), (-1, 0), (1, 1), (-1, -1))      # the best one first
-    for x, y, text, needed in texts:
+    points = axis.transData.transform([text[:2] for text in texts]) if texts else ()
+    for at, (x, y, text, needed) in zip(points, texts):
         note, tried = axis.annotate(text, (x, y), (0, 0), textcoords="offset points"), {}
         for where in itertools.product((4, 7, 12) if needed else (4, 7), sides):
             box = move(note, *where)
             inside = (frame.min < box.min).all() and (box.max < frame.max).all()
-            tried[where] = (((ink > box.min) & (ink < box.max)).all(1).sum()
+            gaps = np.hypot(*np.maximum(np.maximum(box.min - points, points - box.max), 0).T)       # to each point
+            own = np.hypot(*np.maximum(np.maximum(box.min - at, at - box.max), 0))
+            tried[where] = (20 * ((gaps < own + unit).sum() - 1) + ((ink > box.min) & (ink < box.max)).all(1).sum()
                             + 200 * sum(map(box.overlaps, taken)) + 900 * (not inside))
         best = min(tried, key=tried.get)
         if needed or not tried[best]:

@@ -260,7 +260,8 @@ class Arch(NamedTuple):
         _need(isinstance(found["space"], str), f"space is {found['space']!r}, not a name")
         for key in ("stage", "resolution", "in_channels", "classes", "stem", "head"):
             _whole(found[key], {"stage": 0, "classes": 2}.get(key, 1), key)
-        _need(isinstance(found["blocks"], list) and found["blocks"], "blocks is not a list of blocks")
+        _need(isinstance(found["blocks"], list) and found["blocks"],
+              "blocks is not a list of at least one block")
         blocks, width = [], found["stem"]
         for n, row in enumerate(found["blocks"]):
             blocks.append(_block(row, width, f"block {n}"))
