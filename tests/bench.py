@@ -1,0 +1,255 @@
+"""What a search step costs, in ratios: a benchmark, not a test. Prints a table and writes JSON.
+
+    python tests/bench.py [--quick] [--out bench.json]
+
+All variants of a row run in one process, in turns, and medians over the repeats are compared, so that a noisy
+machine harms both sides alike. "All paths" is FBNetV2's way: all eight candidates of every block, at full
+width, under soft masks of all widths and expansions.
+"""
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import data
+import search
+from derive import Network, arch, inherit
+from grow import grow
+from space import SPACES, round8
+from supernet import SuperNet, require_grad
+
+
+def timed(variants, repeats):
+    """Median seconds of each function in the dict `variants`, called in turns; two calls each to warm up."""
+    times = {name: [] for name in variants}
+    for n in range(repeats + 2):
+        for name, call in variants.items():
+            clock = time.perf_counter()
+            call()
+            if n >= 2:
+                times[name].append(time.perf_counter() - clock)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def soft_mask(widths, alpha):
+    """FBNetV2: the sum of all prefix masks, weighted by the softmax of alpha: (1, widest, 1, 1)."""
+    masks = torch.arange(widths[-1]) < torch.tensor(widths)[:, None]
+    return (F.softmax(alpha, 0) @ masks.float()).view(1, -1, 1, 1)
+
+
+def all_paths(net, x):
+    """The supernet's logits with every candidate computed, at full width, under soft masks."""
+    x = F.hardswish(net.stem_norm(net.stem(x)))
+    for mixed in net.blocks:
+        block, alphas, y = mixed.block, mixed.alphas, 0
+        hidden = [round8(e * x.shape[1]) for e in block.expansions]
+        for gate, c in zip(F.softmax(alphas["op"], 0), mixed.candidates):
+            h = x if c.expand is None else c.act(c.norm1(c.expand(x)))
+            h = c.act(c.norm2(c.depthwise(h)))
+            if len(hidden) > 1:
+                h = h * soft_mask(hidden, alphas["expansion"])
+            if c.squeeze is not None:
+                h = h * F.hardsigmoid(c.excite(F.relu(c.squeeze(h.mean((2, 3), keepdim=True)))))
+            y = y + gate * c.norm3(c.project(h))
+        if block.residual:
+            y = y + F.pad(x, (0, 0, 0, 0, 0, y.shape[1] - x.shape[1]))
+        x = y * soft_mask(block.widths, alphas["width"])
+    x = F.hardswish(net.head_norm(net.head(x)))
+    return net.classifier(x.mean((2, 3)))
+
+
+class Steps:
+    """A supernet of `space` with optimisers and one batch, and the steps that can be taken with it."""
+
+    def __init__(self, space, batch, size, channels=3, classes=10):
+        self.g = torch.Generator().manual_seed(0)
+        self.net = SuperNet(space, channels, classes, self.g)
+        self.x = torch.randn(batch, channels, size, size, generator=self.g)
+        self.y = torch.randint(classes, (batch,), generator=self.g)
+        self.sgd = torch.optim.SGD(self.net.weights(), 0.01, momentum=0.9, weight_decay=1e-4)
+        self.adam = torch.optim.Adam(self.net.alphas(), 0.01)
+
+    def two_paths(self, teacher=None):
+        return search.two_paths(self.net, teacher, self.x, self.y, 1.0, 0.5, self.g)[0]
+
+    def every_path(self):
+        return F.cross_entropy(all_paths(self.net, self.x), self.y)
+
+    def update_two(self):
+        self.update(self.two_paths, alphas=False)
+
+    def update(self, loss, alphas=True):
+        """A step of the weights, then one of alpha, by the same loss function."""
+        weights = self.net.weights()
+        require_grad(self.net.alphas(), False)
+        self.sgd.zero_grad()
+        loss().backward()
+        self.sgd.step()
+        if alphas:
+            require_grad(weights, False)
+            require_grad(self.net.alphas(), True)
+            loss().backward()
+            self.adam.step()
+            self.adam.zero_grad()
+            require_grad(weights, True)
+
+
+def memory(steps, loss):
+    """Bytes that a step of the weights holds: what autograd keeps, each storage once, and gradients."""
+    owned = {t.untyped_storage().data_ptr() for t in (*steps.net.parameters(), *steps.net.buffers())}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+    require_grad(steps.net.alphas(), False)
+    steps.sgd.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        value = loss()
+    value.backward()
+    gradients = sum(p.grad.nbytes for p in steps.net.parameters() if p.grad is not None)
+    steps.sgd.zero_grad()
+    return sum(kept.values()) + gradients
+
+
+def two_networks(steps):
+    """(a drawn path, a function that trains its two networks, as plain modules, for a step): the limit."""
+    nets = []
+    path = steps.net.sample(1.0, steps.g)
+    for side in (0, -1):
+        options = [(draws["op"].options[side], draws["expansion"].options[-1], draws["width"].options[-1])
+                   for draws in path]
+        net = inherit(Network(arch(steps.net, options)), steps.net).train()
+        nets.append((net, torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)))
+
+    def step():
+        for net, sgd in nets:
+            sgd.zero_grad()
+            F.cross_entropy(net(steps.x), steps.y).backward()
+            sgd.step()
+    return path, step
+
+
+def two_paths_against_all(stage, repeats, batch, size):
+    steps = Steps(SPACES["paper"][stage], batch, size)
+    times = timed({"two": lambda: steps.update(steps.two_paths), "all": lambda: steps.update(steps.every_path)},
+                  repeats)
+    drawn = statistics.median(memory(steps, steps.two_paths) for _ in range(repeats))
+    return [(f"images/s, two paths over all, paper's A{stage}", times["all"] / times["two"], ">= 4", repeats),
+            (f"memory, two paths over all, paper's A{stage}", drawn / memory(steps, steps.every_path), "<= 0.25",
+             repeats)]
+
+
+def overheads(name, space, repeats, batch, size, channels):
+    """Over several drawn paths, since their costs differ."""
+    ratios, taught, steps = [], [], Steps(space, batch, size, channels)
+    teacher = Network(arch(steps.net, [(0, 0, 0)] * len(space.blocks))).eval()
+    for _ in range(5):
+        path, plain = two_networks(steps)
+        steps.net.sample = lambda tau, generator, path=path: path
+        times = timed({"two": lambda: steps.update_two(), "plain": plain,
+                       "taught": lambda: steps.update(lambda: steps.two_paths(teacher), alphas=False)}, repeats)
+        del steps.net.sample
+        ratios.append(times["two"] / times["plain"])
+        taught.append(times["taught"] / times["two"])
+    return [(f"a step over its two networks alone, {name}", statistics.median(ratios), "<= 1.15", 5 * repeats),
+            (f"a step with distillation over without, {name}", statistics.median(taught), "<= 1.25", 5 * repeats)]
+
+
+def loading(repeats):
+    """Batches/s of data.py over the steps/s of the fastest supernet; its share of time outside the real work."""
+    images = data.load("fashion", "train")
+    parts = data.split(images.labels, 0)
+    loader = data.Loader(images, data.statistics(images, parts[0]), 32)
+    steps, batches = Steps(SPACES["small"][0], 32, 28, 1), loader.shuffled(parts[0], 0)
+    times = timed({"batch": lambda: next(batches), "step": lambda: steps.update_two()},
+                  10 * repeats)
+    return [("batches/s of data.py over steps/s of A0", times["step"] / times["batch"], ">= 20", 10 * repeats),
+            ("share outside forward, backward, optimiser, A0", outside(loader, parts), "<= 0.05", 1)]
+
+
+def outside(loader, parts):
+    """The share of a twentieth of an epoch that is neither forward nor backward nor optimiser."""
+    inside = []
+
+    def watched(call):
+        def run(*args, **kwargs):
+            clock = time.perf_counter()
+            found = call(*args, **kwargs)
+            inside.append(time.perf_counter() - clock)
+            return found
+        return run
+    args = search.settings(search.parser(), ["--epochs", "0.05", "--out", "unused"])
+    net = SuperNet(SPACES["small"][0]._replace(resolution=28), 1, 10)
+    sgd, adam = search.optimisers(net, args)
+    net.forward, sgd.step, adam.step = watched(net.forward), watched(sgd.step), watched(adam.step)
+    backward, torch.Tensor.backward = torch.Tensor.backward, watched(torch.Tensor.backward)
+    clock = time.perf_counter()
+    run = {"step": 0, "means": {}, "alphas": []}
+    for _ in search.train_stage(net, None, sgd, adam, loader, parts, args, run, []):
+        pass
+    whole = time.perf_counter() - clock
+    torch.Tensor.backward = backward
+    return 1 - sum(inside) / whole
+
+
+def growth(repeats):
+    old = SuperNet(SPACES["paper"][3], 3, 100)
+    seconds = timed({"grow": lambda: grow(old, SPACES["paper"][4])}, repeats)["grow"]
+    return [("seconds to grow the paper's A3 into A4", seconds, "<= 5", repeats)]
+
+
+def linearity(repeats, size):
+    """Seconds a step against the number of blocks, and against the batch size."""
+    spaces, sizes = SPACES["paper"], (16, 32, 64, 128, 256)
+    by_stage = {s.stage: Steps(s, 4, size).update_two for s in spaces}
+    by_batch = {batch: Steps(SPACES["small"][0], batch, 28, 1).update_two for batch in sizes}
+    stages, batches = timed(by_stage, 3 * repeats), timed(by_batch, 5 * repeats)
+    return [("R2 of seconds a step against blocks, paper's A0..A4",
+             r2([len(s.blocks) for s in spaces], [stages[s.stage] for s in spaces]), ">= 0.98", 3 * repeats),
+            ("R2 of seconds a step against batch size, small A0",
+             r2(sizes, [batches[b] for b in sizes]), ">= 0.98", 5 * repeats)]
+
+
+def r2(x, y):
+    """The share of y's variance that a straight line in x explains."""
+    return float(np.corrcoef(x, y)[0, 1] ** 2)
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--quick", action="store_true", help="fewer repeats and smaller images: within a minute")
+    p.add_argument("--out", type=Path, default=Path("bench.json"))
+    args = p.parse_args(argv)
+    repeats, size = (3, 32) if args.quick else (9, 96)
+    torch.manual_seed(0)
+    batch = 2 if args.quick else 4
+    rows = [*two_paths_against_all(0, repeats, batch, size), *two_paths_against_all(4, repeats, batch, size),
+            *overheads("small A4", SPACES["small"][4], repeats, 32, 28, 1),
+            *overheads("paper's A4", SPACES["paper"][4], repeats, batch, size, 3),
+            *loading(repeats), *growth(max(1, repeats // 3)), *linearity(repeats, size)]
+    machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
+               "torch": torch.__version__, "quick": args.quick}
+    print(f"{'measured':<58}{'found':>9}  must reach     n")
+    for name, value, goal, n in rows:
+        print(f"{name:<58}{value:>9.3f}  {goal:<10} {n:>5}")
+    keys = ("measured", "found", "must_reach", "n")
+    found = {"machine": machine, "rows": [dict(zip(keys, row, strict=True)) for row in rows]}
+    args.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,307 @@
+"""What a reader of the pictures is promised: points, error bars, boxes and probabilities are those of the
+files, runs that differ in more than the seed are never averaged, texts hide nothing, a mistake ends
+in one line.
+
+The oracles: the files that each test writes; means and deviations from `statistics`; entropies by hand; what
+is drawn is read back from the figures.
+"""
+import itertools
+import json
+import math
+import random
+import statistics
+
+import pytest
+from matplotlib.collections import LineCollection
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.path import Path
+from matplotlib.text import Annotation, Text
+
+import plot
+from space import CANDIDATES
+
+ACCURACIES = (0.5, 0.6, 0.7)
+
+
+@pytest.fixture
+def unsaved(monkeypatch):
+    """Figures are returned without being written: most of the time goes into that."""
+    monkeypatch.setattr(plot, "save", lambda figure, path: figure)
+
+
+def blocks(*rows):
+    return [dict(zip(("op", "hidden", "out", "stride", "residual"), row)) for row in rows]
+
+
+# 28 pixels, so 14 behind the stem and 7 from the second row on; A1 has one block more, in the second row.
+NETWORKS = [blocks(("ir_k3", 16, 8, 1, False), ("ir_k5_se_hs", 24, 32, 2, False),
+                   ("ir_k3_se", 32, 24, 1, False)),
+            blocks(("ir_k5", 16, 16, 1, False), ("ir_k5_se", 24, 16, 2, False), ("ir_k3_hs", 48, 8, 1, True),
+                   ("ir_k3", 8, 16, 1, False))]
+
+
+def make(folder, seed=0, accuracies=ACCURACIES, **settings):
+    """A run's folder with args.json, summary.json, A0.json and A1.json."""
+    folder.mkdir()
+    args = {"method": "cst", "space": "small", "data": "fake", "grow": True, "seed": seed, "device": "cpu"}
+    (folder / "args.json").write_text(json.dumps(args | settings))
+    rows = [{"stage": n, "flops": 1000000 * (n + 1) + seed, "params": 100000 * (n + 1) + seed, "accuracy": a}
+            for n, a in enumerate(accuracies)]
+    (folder / "summary.json").write_text(json.dumps(rows))
+    for n, chosen in enumerate(NETWORKS):
+        (folder / f"A{n}.json").write_text(json.dumps({"stem": 16, "resolution": 28, "blocks": chosen}))
+    return folder
+
+
+def trained(folder, *rows):
+    rows = [dict(zip(("name", "stage", "flops", "params", "accuracy"), row)) for row in rows]
+    (folder / "trained.json").write_text(json.dumps(rows))
+
+
+def log(folder, *rows):
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def uniform(n):
+    return [1 / n] * n
+
+
+def drawn(axis):
+    """{label: (data line, [error bar segments])} of a panel."""
+    return {c.get_label(): (c[0], [s for bars in c[2] for s in bars.get_segments() if len(s)])
+            for c in axis.containers}
+
+
+def test_error_bars_are_the_standard_deviation_over_seeds(unsaved, tmp_path):
+    values = [(0.51, 0.70), (0.57, 0.72), (0.60, 0.71)]
+    runs = [make(tmp_path / str(n), n, pair) for n, pair in enumerate(values)]
+    left, right = plot.curve(runs, tmp_path / "curve.png").axes
+    (line, bars), = drawn(left).values()
+    for n in range(2):
+        mean, std = (f([100 * pair[n] for pair in values]) for f in (statistics.mean, statistics.stdev))
+        x, y = line.get_xydata()[n]
+        assert (x, y) == pytest.approx(((1000000 * (n + 1) + 1) / 1e6, mean))
+        upright = [s for s in bars if s[0][1] != s[1][1] and s[0][0] == pytest.approx(x)]
+        assert [tuple(s[:, 1]) for s in upright] == [pytest.approx((mean - std, mean + std))]
+    assert drawn(right)["cst, small, fake"][0].get_xdata() == pytest.approx([0.100001, 0.200001])
+
+
+def test_one_run_has_no_error_bars(unsaved, tmp_path):
+    figure = plot.curve([make(tmp_path / "run")], tmp_path / "curve.png")
+    assert all(not bars for axis in figure.axes for _, bars in drawn(axis).values())
+    assert [t.get_text() for t in figure.legends[0].texts] == ["cst, small, fake, n = 1"]
+
+
+def test_runs_are_averaged_only_if_they_differ_in_the_seed_alone(unsaved, tmp_path):
+    runs = [make(tmp_path / "a"), make(tmp_path / "b", 1, device="cuda"), make(tmp_path / "c", grow=False),
+            make(tmp_path / "d", method="direct"), make(tmp_path / "e", method="direct", data="cifar10")]
+    labels = ["cst, small, fake, grow", "cst, small, fake, no grow", "direct, small, fake",
+              "direct, small, cifar10"]
+    assert plot.experiments(runs) == dict(zip(labels, (runs[:2], runs[2:3], runs[3:4], runs[4:])))
+    figure = plot.curve(runs, tmp_path / "curve.png")
+    legend = [t.get_text() for t in figure.legends[0].texts]
+    assert legend == [f"{label}, n = {n}" for label, n in zip(labels, (2, 1, 1, 1))] + [legend[-1]]
+    assert legend[-1] == "standard deviation over n seeds"
+    styles = [(line.get_color(), line.get_marker()) for line, _ in drawn(figure.axes[0]).values()]
+    assert len({colour for colour, _ in styles}) == len({mark for _, mark in styles}) == 4
+
+
+def test_where_words_cannot_tell_experiments_apart_the_folder_does(tmp_path):
+    runs = [make(tmp_path / "a", epochs=[1, 1]), make(tmp_path / "b", epochs=[2, 2])]
+    assert list(plot.experiments(runs)) == [f"cst, small, fake ({run})" for run in runs]
+
+
+def test_the_same_seed_twice_does_not_count_twice(unsaved, tmp_path):
+    runs = [make(tmp_path / "a"), make(tmp_path / "b")]
+    with pytest.raises(ValueError, match="the seed of"):
+        plot.curve(runs, tmp_path / "curve.png")
+
+
+def test_a_folder_without_args_is_named_by_itself(tmp_path):
+    (make(tmp_path / "run") / "args.json").unlink()
+    assert list(plot.experiments([str(tmp_path / "run")])) == ["run"]
+
+
+def test_open_marks_for_the_supernets_weights_and_filled_for_trained(unsaved, tmp_path):
+    run = make(tmp_path / "run", accuracies=(0.5, None, 0.7))                       # A1 was not measured
+    trained(run, ("A2", 2, 3e6, 3e5, 0.9), ("A0", 0, 1e6, 1e5, 0.8))
+    top, _, bottom, _ = plot.curve([run], tmp_path / "curve.png").axes
+    for axis, points, filled in ((top, [(1, 80), (3, 90)], True), (bottom, [(1, 50), (3, 70)], False)):
+        line, _ = drawn(axis)["cst, small, fake"]
+        assert line.get_xydata().ravel().tolist() == pytest.approx([x for point in points for x in point])
+        assert (line.get_markerfacecolor() == line.get_color()) == filled
+
+
+def test_other_networks_are_points_with_their_name(unsaved, tmp_path):
+    runs = [make(tmp_path / "a"), make(tmp_path / "b", 1)]
+    for run, more in zip(runs, ((("Other", 0, 3e6, 3e5, 0.87),), ())):
+        trained(run, ("A0", 0, 1e6, 1e5, 0.8), ("MobileNetV2", 0, 2e6, 2e5, 0.85), *more)
+    lines, others = plot.curves(runs)
+    assert [list(line.points) for line in lines] == [["A0"], ["A0", "A1", "A2"]]
+    assert {name: points.tolist() for name, points in others.items()} == {"MobileNetV2": [[2, 0.2, 85]],
+                                                                         "Other": [[3, 0.3, 87]]}
+    axis = plot.curve(runs, tmp_path / "curve.png").axes[0]
+    assert {"MobileNetV2", "Other", "A0"} == {t.get_text() for t in axis.texts}
+
+
+def test_texts_of_the_curve_hide_nothing(unsaved, tmp_path):
+    rng, runs = random.Random(0), []
+    for n in range(6):
+        accuracies = [0.4 + 0.1 * stage + rng.uniform(-0.05, 0.05) for stage in range(5)]
+        runs.append(make(tmp_path / str(n), n % 2, accuracies, method=f"method {n // 2}"))
+        trained(runs[-1], *((f"A{s}", s, 1e6 + 1e6 * s, 1e5 + 1e5 * s, a) for s, a in enumerate(accuracies)),
+                ("MobileNetV3-small x0.35", 0, 4e6, 4e5, 0.42))
+    figure = plot.curve(runs, tmp_path / "curve.png")
+    for axis in figure.axes:
+        boxes = [t.get_window_extent() for t in axis.texts if isinstance(t, Annotation)]
+        assert len(boxes) >= 5
+        frame = axis.get_window_extent()
+        segments = [s for bars in axis.findobj(LineCollection) for s in bars.get_segments() if len(s)]
+        segments += [line.get_xydata() for line, _ in drawn(axis).values()]
+        paths = [Path(axis.transData.transform(segment)) for segment in segments]
+        for n, box in enumerate(boxes):
+            assert frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1
+            assert not any(box.overlaps(other) for other in boxes[:n])
+            assert not any(path.intersects_bbox(box, filled=False) for path in paths)
+
+
+def test_texts_of_one_point_stand_apart_and_only_what_is_needed_may_hide_something():
+    axis = plot.blank(2, 2).add_subplot()
+    plot.place(axis, [(0.5, 0.5, "one", True), (0.5, 0.5, "two", True), (0.5, 0.5, "three", False)])
+    one, two = (text.get_window_extent() for text in axis.texts)
+    assert [text.get_text() for text in axis.texts] == ["one", "two"] and not one.overlaps(two)
+
+
+def test_architectures_are_the_files(unsaved, tmp_path):
+    run = make(tmp_path / "run")
+    figure = plot.architectures(run, tmp_path / "a.png")
+    axis, = figure.axes
+    boxes, chosen = axis.patches, [b for net in NETWORKS for b in net]
+    assert len(boxes) == len(chosen) == 7
+    for box, block in zip(boxes, chosen):
+        colour, words = plot.FILLS[block["op"][5:]]
+        assert to_hex(box.get_facecolor()).upper() == colour
+        assert box.get_height() / boxes[1].get_height() == pytest.approx(block["out"] / 32)
+        assert (box.get_hatch() is not None) == ("k5" in block["op"])
+        assert ("SE" in words, "hswish" in words) == ("se" in block["op"], "hs" in block["op"])
+    first, second = ([box.get_x() for box in half] for half in (boxes[:3], boxes[3:]))
+    assert second == sorted(second) and first == [second[0], second[1], second[3]]  # rows stand together
+    assert sum(line.get_marker() == "v" for line in axis.lines) == sum(b["stride"] == 2 for b in chosen)
+    words = [t.get_text() for t in axis.texts]
+    assert {"A0", "A1", "1.00 M MACs", "2.00 M MACs", "14×14", "7×7"} <= set(words)
+    for block, expansion in zip(chosen, ("1.0", "3.0", "1.0", "1.0", "1.5", "3.0", "1.0")):
+        at = next(n for n in range(len(words)) if words[n:n + 3] == [f"{block['op'][4]}×{block['op'][4]}",
+                                                                     str(block["out"]), expansion])
+        del words[at:at + 3]
+
+
+def test_the_operations_are_those_of_table_2():
+    assert plot.OPS == tuple(CANDIDATES)
+    for op, (kernel, se, activation) in CANDIDATES.items():
+        words = plot.FILLS[op[5:]][1]
+        assert (plot.OPS.index(op) % 2 == 1, "SE" in words) == (kernel == 5, se)
+        assert ("hswish" in words) == (activation == "hswish") != ("ReLU" in words)
+
+
+def test_operations_differ_in_grey():
+    colours = [to_rgb(colour) for colour, _ in plot.FILLS.values()]
+    greys = sorted(0.299 * r + 0.587 * g + 0.114 * b for r, g, b in colours)
+    assert min(b - a for a, b in itertools.pairwise(greys)) > 0.1
+
+
+def test_entropy():
+    assert plot.entropy(uniform(8)) == pytest.approx(1)
+    assert plot.entropy([0, 0, 1, 0]) == 0
+    assert plot.entropy([0.5, 0.5, 0, 0, 0, 0, 0, 0]) == pytest.approx(1 / 3)
+    assert plot.entropy([0.25, 0.75]) == pytest.approx(-(0.25 * math.log2(0.25) + 0.75 * math.log2(0.75)))
+
+
+def test_alphas_are_the_log(unsaved, tmp_path):
+    run, sure = make(tmp_path / "run"), [1.0] + 7 * [0.0]
+    start = [{"op": uniform(8), "width": uniform(2)},
+             {"op": uniform(8), "expansion": uniform(4), "width": uniform(3)}]
+    end = [{"op": sure, "width": [1.0, 0.0]},
+           {"op": uniform(8), "expansion": [0.5, 0.5, 0.0, 0.0], "width": uniform(3)}]
+    log(run, {"stage": 0, "step": 5, "alphas": [[3, start], [5, start]]}, {"stage": 0, "step": 7},
+        {"stage": 0, "step": 10, "steps": 10, "alphas": [[10, end], [10, end]]},
+        {"stage": 1, "step": 4, "steps": 4, "alphas": end})                     # the blocks alone will do
+    assert plot.history(run) == {0: [(3, start), (5, start), (10, end)], 1: [(4, end)]}
+    below, *maps, _ = plot.alphas(run, tmp_path / "alphas.png").axes
+    assert [axis.get_images()[0].get_array().tolist() for axis in maps] == [[sure, uniform(8)]] * 2
+    lines = {line.get_label(): line.get_xydata().tolist() for line in below.lines}
+    falls = [[3, pytest.approx(1)], [5, pytest.approx(1)], [10, pytest.approx(0.5)]]
+    assert lines["op"] == lines["width"] == lines["expansion"] == falls         # one block alone has expansions
+    assert lines["_op"] == [[14, pytest.approx(0.5)]]              # A1 begins where A0 ends
+
+
+def test_everything_can_be_read_in_print(tmp_path):
+    run = make(tmp_path / "run")
+    log(run, {"stage": 0, "step": 5, "alphas": [{"op": uniform(8)}]})
+    for draw, what in ((plot.curve, [run]), (plot.architectures, run), (plot.alphas, run)):
+        figure = draw(what, tmp_path / "picture.png")
+        assert figure.get_figwidth() <= 7.2
+        assert all(text.get_fontsize() >= 8 for text in figure.findobj(Text) if text.get_text())
+        assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_command_line(tmp_path, capsys):
+    runs = [make(tmp_path / "a"), make(tmp_path / "b", 1)]
+    log(runs[0], {"stage": 0, "step": 5, "alphas": [{"op": uniform(8)}]})
+    plot.main([str(run) for run in runs])
+    names = ("curve", "architectures", "alphas")
+    assert capsys.readouterr() == ("".join(f"{name}: {runs[0] / name}.png\n" for name in names), "")
+    plot.main([str(runs[1]), "--out", str(tmp_path / "new" / "folder")])
+    out, err = capsys.readouterr()
+    left = sorted(file.name for file in (tmp_path / "new" / "folder").iterdir())
+    assert left == ["architectures.png", "curve.png"]
+    assert len(out.splitlines()) == 2
+    assert err.startswith('plot.py: no alphas.png: no "alphas" in ') and err.count("\n") == 1
+
+
+def test_a_log_without_alphas_is_refused(tmp_path):
+    log(make(tmp_path / "run"), {"stage": 0, "step": 5, "steps": 5, "loss": 1.0})
+    with pytest.raises(ValueError, match='no "alphas" in'):
+        plot.alphas(tmp_path / "run", tmp_path / "alphas.png")
+    assert not (tmp_path / "alphas.png").exists()
+
+
+@pytest.mark.parametrize(("file", "content", "says"), [
+    (None, None, "is not a folder"),
+    ("summary.json", None, "has no summary.json"),
+    ("summary.json", "[{", "summary.json is not JSON"),
+    ("summary.json", '{"stage": 0}', "summary.json is not what a run writes"),
+    ("summary.json", '[{"stage": 0, "flops": "1M", "params": 1, "accuracy": 0.5}]', "summary.json is not"),
+    ("summary.json", "\xff", "summary.json is not"),
+    ("trained.json", "[3]", "trained.json is not what a run writes"),
+    ("args.json", "[3]", "args.json is not what a run writes"),
+    ("A1.json", '{"stem": 16, "resolution": 28, "blocks": [{"op": "conv"}]}', "A1.json is not what a run"),
+    ("log.jsonl", '{"stage": 0, "step": 1, "alphas": [{"op": [0.5, 0.6]}]}', "are not probabilities"),
+    ("log.jsonl", '{"stage": 0, "step": 1, "alphas": [{"op": [0.5, 0.5]}]}', "not 8 operations"),
+    ("log.jsonl", '{"stage": 0, "st', "log.jsonl is not JSON")])
+def test_a_mistake_ends_in_one_line(unsaved, tmp_path, capsys, file, content, says):
+    run = tmp_path / "run"
+    if file:
+        make(run)
+        (run / file).unlink(missing_ok=True)
+    if content:
+        (run / file).write_text(content, encoding="latin-1")
+    with pytest.raises(SystemExit) as stop:
+        plot.main([str(run)])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("plot.py: ") and says in err and err.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        plot.main([str(make(tmp_path / "run")), "--out", str(tmp_path / "file")])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err == f"plot.py: {tmp_path}/file/curve.png: File exists\n"
+
+
+def test_the_table_adds_up():
+    costs = {"flops": 1e6, "params": 1e5, "seconds": 1.5, "kwh": 0.25, "co2e_lb": 0.5}
+    text = plot.table([{"stage": n, "accuracy": a} | costs for n, a in enumerate((0.5, None))]).splitlines()
+    assert len(text) == 4
+    assert text[1].split()[:4] == ["A0", "1.00", "0.100", "50.0"] and text[2].split()[3] == "-"
+    assert text[3].split() == ["all", "3.0", "0.50000", "1.00000"]

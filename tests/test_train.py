@@ -1,0 +1,146 @@
+"""Training and exporting derived networks, on the `fake` patterns, and the command lines of train.py and derive.py.
+
+The oracle is a second run, a reloaded program, or the files that must be there.
+"""
+import json
+
+import pytest
+import torch
+
+import data
+import derive
+import search
+import train
+from space import Arch
+
+FAST = ["--data", "fake", "--epochs", "2", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    out = tmp_path_factory.mktemp("searched") / "run"
+    search.main(["--data", "fake", "--stages", "2", "--epochs", "0.3", "--device", "cpu", "--out", str(out)])
+    return out
+
+
+def trained(out):
+    rows = json.loads((out / "trained.json").read_text())
+    return [{k: v for k, v in row.items() if k not in ("seconds", "epochs")} for row in rows]
+
+
+def test_a_run_is_trained_and_the_same_seed_repeats_it(searched, tmp_path):
+    for name in ("a", "b"):
+        train.main([str(searched), *FAST, "--out", str(tmp_path / name), "--dropout", "0.2", "--ema", "0.9"])
+    assert trained(tmp_path / "a") == trained(tmp_path / "b")
+    assert [row["name"] for row in trained(tmp_path / "a")] == ["A0", "A1"]
+    for stage in (0, 1):
+        one, other = (torch.load(tmp_path / name / f"A{stage}.trained.pt", weights_only=True) for name in "ab")
+        assert all(torch.equal(one[key], other[key]) for key in one)
+        network = derive.Network(Arch.from_json((searched / f"A{stage}.json").read_text()))
+        network.load_state_dict(one)
+
+
+def test_training_goes_on_from_the_last_epoch(searched, tmp_path, monkeypatch):
+    arch = str(searched / "A0.json")
+    train.main([arch, *FAST, "--out", str(tmp_path / "whole"), "--ema", "0.9"])
+    accuracy, calls = train.accuracy, []
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return accuracy(*args)
+    monkeypatch.setattr(train, "accuracy", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([arch, *FAST, "--out", str(tmp_path / "cut"), "--ema", "0.9"])
+    monkeypatch.undo()
+    train.main([arch, *FAST, "--out", str(tmp_path / "cut"), "--ema", "0.9", "--resume"])
+    assert trained(tmp_path / "whole") == trained(tmp_path / "cut")
+    assert not (tmp_path / "cut" / "A0.last.pt").exists()
+
+
+def test_inherited_weights_are_the_supernets(searched):
+    arch = Arch.from_json((searched / "A1.json").read_text())
+    args = train.parser().parse_args([str(searched), "--init", "inherit", "--dropout", "0"])
+    network, supernet = train.initial(arch, args, searched), derive.open_supernet(searched, 1)
+    assert torch.equal(network.head.weight, supernet.head.weight[:, :arch.blocks[-1].out])
+
+
+def test_an_exported_program_computes_the_same_without_this_code(searched, tmp_path):
+    train.main([str(searched / "A0.json"), *FAST, "--out", str(tmp_path), "--export", str(tmp_path / "net.pt2")])
+    network = derive.Network(Arch.from_json((searched / "A0.json").read_text())).eval()
+    network.load_state_dict(torch.load(tmp_path / "A0.trained.pt", weights_only=True))
+    x = torch.rand(3, 1, 28, 28, generator=data.generator(0))
+    with torch.no_grad():
+        found = torch.export.load(tmp_path / "net.pt2").module()(x)
+        torch.testing.assert_close(found, network(x), rtol=1e-5, atol=1e-5)
+
+
+def test_validation_writes_nothing_and_asks_for_no_test_image(searched, tmp_path, capsys):
+    before = {path.name for path in searched.iterdir()}
+    train.main([str(searched / "A0.json"), "--data", "fake", "--epochs", "1", "--validate"])
+    assert {path.name for path in searched.iterdir()} == before
+    assert "accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["nowhere.json"], "nowhere.json"),
+    (["."], "A0.json"),
+    (["RUN/A0.json", "--epochs", "0"], "--epochs"),
+    (["RUN/A0.json", "--lr", "nan"], "--lr"),
+    (["RUN/A0.json", "--dropout", "1"], "--dropout"),
+    (["RUN/A0.json", "--ema", "2"], "--ema"),
+    (["RUN/A0.json", "--smoothing", "-1"], "--smoothing"),
+    (["RUN/A0.json", "--init", "magic"], "--init"),
+    (["RUN/A0.json", "--data", "photos"], "--data"),
+    (["RUN/A0.json", "--export", "net.zip"], "--export"),
+    (["RUN", "--export", "net.pt2"], "--export"),
+    (["RUN/A0.json", "--batch-size", "5000", "--data", "fake"], "--batch-size"),
+    (["RUN/args.json"], "args.json"),
+])
+def test_bad_use_of_train_ends_in_one_line(searched, flags, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(train.main, [flag.replace("RUN", str(searched)) for flag in flags], says, capsys)
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["nowhere", "--flops", "1M"], "nowhere"),
+    (["RUN"], "--flops"),
+    (["RUN", "--flops", "1Q"], "--flops"),
+    (["RUN", "--flops", "off"], "budget"),
+    (["RUN", "--flops", "1k"], "out of reach"),
+    (["RUN", "--flops", "1G"], "out of reach"),
+    (["RUN", "--flops", "1M", "--params", "1M"], "--params"),
+    (["RUN", "--flops", "1M", "--stage", "4"], "A4"),
+    (["RUN", "--points", "1"], "--points"),
+    (["RUN", "--flops", "1M", "--refine", "0"], "--refine"),
+])
+def test_bad_use_of_derive_ends_in_one_line(searched, flags, says, capsys):
+    refused(derive.main, [flag.replace("RUN", str(searched)) for flag in flags], says, capsys)
+
+
+def refused(main, flags, says, capsys):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(flags)
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2 and captured.err.count("\n") == 1 and says in captured.err
+
+
+def test_a_budget_gives_a_network_that_keeps_it(searched, tmp_path, capsys):
+    for flag, budget, count in (("--flops", 1e6, derive.macs), ("--params", 5e4, derive.params)):
+        derive.main([str(searched), flag, str(budget), "--out", str(tmp_path / "net.json")])
+        assert count(Arch.from_json((tmp_path / "net.json").read_text())) <= budget
+    derive.main([str(searched), "--flops", "1M", "--refine", "3", "--out", str(tmp_path / "net.json")])
+    assert derive.macs(Arch.from_json((tmp_path / "net.json").read_text())) <= 1e6
+    assert "best:" in capsys.readouterr().out
+
+
+def test_the_front_reaches_from_the_cheapest_to_the_dearest(searched, tmp_path):
+    derive.main([str(searched), "--points", "4", "--out", str(tmp_path / "front.json")])
+    rows = json.loads((tmp_path / "front.json").read_text())
+    ends = [derive.bounds(derive.space_costs(derive.open_supernet(searched, stage))) for stage in (0, 1)]
+    macs = [row["flops"] for row in rows]
+    assert macs == sorted(set(macs)) and macs[0] == ends[0][0] and macs[-1] == ends[1][1]
+    for row in rows:
+        assert derive.macs(Arch.from_json(json.dumps(row["arch"]))) == row["flops"] and 0 <= row["accuracy"] <= 1
