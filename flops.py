@@ -243,9 +243,13 @@ def middle(space, in_channels, classes):
                 tuple(blocks))
 
 
-def describe_space(name):
-    """The text of `--space`: a row for each of A0..A4."""
-    (channels, classes), pixels, paper = IMAGES[name], SPACES[name][0].resolution, name == "paper"
+def describe_space(name, images=None):
+    """The text of `--space`: a row for each of A0..A4.
+
+    images: (channels, pixels a side, classes); without them the ones that the tables are made for.
+    """
+    channels, pixels, classes = images or (IMAGES[name][0], SPACES[name][0].resolution, IMAGES[name][1])
+    paper = name == "paper"
     known = "Table 3" if paper else "target"
     text = f"""The {name} space, {channels} x {pixels} x {pixels} pixels, {classes} classes; numbers in M
 least, most  over all networks, exact, for MACs and for parameters apart
@@ -255,6 +259,7 @@ at           where {known} lies between least (0%) and most (100%), on a logarit
                       MACs                                 parameters
    blocks networks""" + f"{'least':>8}{'middle':>8}{'most':>8}{known:>9}{'at':>5}" * 2
     for space, target, size in zip(SPACES[name], TARGETS[name], TABLE3_PARAMS, strict=True):
+        space = space._replace(resolution=pixels)
         text += f"\nA{space.stage}{len(space.blocks):>7}{f'10^{math.log10(networks(space)):.1f}':>9}"
         for cost, count, value in (("macs", macs, target), ("params", params, size if paper else None)):
             low, high = bounds(costs(space, channels, classes, cost))

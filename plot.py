@@ -206,15 +206,15 @@ def place(axis, texts):
             ink.append(a + (b - a) * np.linspace(0, 1, 2 + int(math.dist(a, b) / unit))[:, None])
     ink, taken, frame = np.concatenate(ink), [], axis.get_window_extent()
     sides = ((1, -1), (-1, 1), (1, 0), (0, -1), (0, 1), (-1, 0), (1, 1), (-1, -1))      # the best one first
-    points = axis.transData.transform([text[:2] for text in texts]) if texts else ()
-    for at, (x, y, text, needed) in zip(points, texts):
+    points = axis.transData.transform(np.reshape([text[:2] for text in texts], (-1, 2)))
+    for n, (x, y, text, needed) in enumerate(texts):
         note, tried = axis.annotate(text, (x, y), (0, 0), textcoords="offset points"), {}
         for where in itertools.product((4, 7, 12) if needed else (4, 7), sides):
             box = move(note, *where)
             inside = (frame.min < box.min).all() and (box.max < frame.max).all()
-            gaps = np.hypot(*np.maximum(np.maximum(box.min - points, points - box.max), 0).T)       # to each point
-            own = np.hypot(*np.maximum(np.maximum(box.min - at, at - box.max), 0))
-            tried[where] = (20 * ((gaps < own + unit).sum() - 1) + ((ink > box.min) & (ink < box.max)).all(1).sum()
+            gaps = np.hypot(*np.maximum(np.maximum(box.min - points, points - box.max), 0).T)
+            tried[where] = (((ink > box.min) & (ink < box.max)).all(1).sum()
+                            + 20 * ((gaps < gaps[n] + unit).sum() - 1)
                             + 200 * sum(map(box.overlaps, taken)) + 900 * (not inside))
         best = min(tried, key=tried.get)
         if needed or not tried[best]:
@@ -305,7 +305,7 @@ def history(run):
     """
     file, found = Path(run) / "log.jsonl", {}
     with reading(file):
-        for row in map(json.loads, file.read_text().splitlines()):
+        for row in map(json.loads, file.read_text().splitlines() if file.exists() else ()):
             alphas = row.get("alphas", [])
             for step, blocks in [(row["step"], alphas)] if alphas and isinstance(alphas[0], dict) else alphas:
                 for p in (p for block in blocks for p in block.values()):
@@ -315,7 +315,7 @@ def history(run):
                     raise ValueError(f"not {len(OPS)} operations")
                 found.setdefault(row["stage"], {})[step] = blocks       # the last step may be there twice
     if not found:
-        raise Missing(f'{file} has no "alphas": it was written before the log kept them')
+        raise Missing(f'no "alphas" in {file}: the run is older than they are, or was not searched')
     return {stage: sorted(steps.items()) for stage, steps in sorted(found.items())}
 
 

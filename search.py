@@ -177,11 +177,12 @@ def train_stage(supernet, teacher, sgd, adam, loader, parts, args, run, caught):
 
 
 def dry_run(args, images, device):
-    """What the run would cost, as text, a line a stage: five steps of each, measured, stand for all of its steps."""
+    """What the run would cost, as text: what its spaces hold, then a line a stage, of five steps measured."""
     parts = data.split(images.labels, args.seed)
     loader = data.Loader(images, data.statistics(images, parts[0]), args.batch_size, device)
     shape = {"in_channels": images.pixels.shape[1], "classes": images.classes}
-    lines = ["stage  blocks  MACs (M) cheapest..dearest   steps  s/step     hours  peak GB       kWh  CO2e (lb)"]
+    lines = [flops.describe_space(args.space, (shape["in_channels"], images.pixels.shape[-1], images.classes)),
+             "", "      steps  seconds a step     hours  peak GB       kWh  CO2e (lb)"]
     teacher, total = None, [0.0, 0.0, 0.0]
     for stage in range(1 if args.method == "scaling" else args.stages):
         steps = schedule(args, stage, parts)[1]
@@ -196,14 +197,13 @@ def dry_run(args, images, device):
         step = (time.perf_counter() - clock) / 5
         cost = flops.energy(step * steps, device)
         total = [a + b for a, b in zip(total, cost)]
-        ends = [macs / 1e6 for macs in flops.bounds(space_costs(supernet))]
-        lines.append(f"A{stage}     {len(supernet.blocks):>6}  {ends[0]:>12.1f}..{ends[1]:<12.1f} {steps:>7} {step:>7.3f} "
-                     f"{cost[0]:>9.3f} {peak_memory(device):>8.1f} {cost[1]:>9.4f} {cost[2]:>10.4f}")
+        lines.append(f"A{stage} {steps:>8} {step:>15.3f} {cost[0]:>9.3f} {peak_memory(device):>8.1f} {cost[1]:>9.4f} "
+                     f"{cost[2]:>10.4f}")
         teacher = Network(derive(supernet)).to(device).eval() if args.distill else None
-    lines.append(f"all{'':51}{total[0]:>9.3f} {'':>8} {total[1]:>9.4f} {total[2]:>10.4f}")
+    lines.append(f"all{'':>25}{total[0]:>9.3f} {'':>8} {total[1]:>9.4f} {total[2]:>10.4f}")
     if args.space == "paper":
         lines.append("The paper: 456 hours of a V100, 135.96 kWh, 129.70 lb of CO2e (Table 4).")
-    return "\n".join([*lines, "Hours are of one device; energy is an estimate (flops.py says from what)."])
+    return "\n".join([*lines, "Hours of one device; energy is an estimate, see `energy` in flops.py."])
 
 
 def peak_memory(device):
