@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torchvision.datasets import CIFAR10, CIFAR100
 
 FASHION = Path(__file__).parent / "datasets" / "FashionMNIST" / "raw"
-NAMES = ("fashion", "fake")
+CACHE = Path.home() / ".cache" / "adasearch"              # where torchvision keeps what it downloads
+NAMES = ("fashion", "cifar10", "cifar100", "fake")
 PAD = 2                                                   # pixels that a random crop may move, as usual at 28-32 pixels
 
 
@@ -49,6 +51,20 @@ def fashion(part, folder=FASHION):
     return Images(pixels, labels, 10)
 
 
+def cifar(name, part, folder=CACHE):
+    """CIFAR-10 or CIFAR-100 (Krizhevsky 2009): 50,000 and 10,000 images, 32x32 in colour; downloaded once.
+
+    OSError if it is neither in `folder` nor can be downloaded.
+    """
+    kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    try:
+        found = kind(folder, train=part == "train", download=True)
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"cannot be downloaded ({error}): put {kind.filename} into {folder}") from None
+    return Images(torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(found.targets),
+                  len(found.classes))
+
+
 def fake(n, position, classes=10, channels=1, size=28):
     """`n` images for smoke tests: a blurred random pattern a class, with noise on top. Learnt within minutes."""
     patterns = torch.rand(classes, channels, 7, 7, generator=generator(2021))
@@ -63,6 +79,8 @@ def load(name, part):
     """The `Images` of data set `name`; `part` is train or test. ValueError for an unknown name, OSError for no files."""
     if name == "fashion":
         return fashion({"train": "train", "test": "t10k"}[part])
+    if name in ("cifar10", "cifar100"):
+        return cifar(name, part)
     if name == "fake":
         return fake(*{"train": (1200, (0,)), "test": (400, (1,))}[part])
     raise ValueError(f"{name!r} is unknown, choose from {', '.join(NAMES)}")

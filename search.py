@@ -289,7 +289,7 @@ def parser():
                    help="weight of |expected MACs / target - 1| in the architecture's loss (1)")
     g = p.add_argument_group("data and training", "(defaults in the paper's space; in ours)")
     g.add_argument("--data", choices=data.NAMES, default="fashion",
-                   help="fashion: Fashion-MNIST, 28x28 pixels; fake: patterns to try things with (fashion)")
+                   help="Fashion-MNIST, which is here; CIFAR, which is downloaded; or patterns to try things with (fashion)")
     g.add_argument("--epochs", nargs="+", type=number(float, 1e-9), metavar="E", help="of each stage, or one number for all; "
                    "fractions will do (100 60 60 60 60; 1 0.6 0.6 0.6 0.6)")
     g.add_argument("--batch-size", type=number(int, 1), metavar="B", help="images a step (1024; 32)")

@@ -230,3 +230,11 @@ def test_a_generator_is_a_function_of_its_position():
     places = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (2, 3, 5), (2, 5, 3), (2 ** 40, 3, 5)]
     assert len({first(*p) for p in places}) == len(places)
     assert all(first(*p) == first(*p) for p in places)
+
+
+def test_cifar_without_a_network_says_where_the_archive_goes(monkeypatch, tmp_path):
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+    monkeypatch.setattr(data.CIFAR10, "download", offline)
+    with pytest.raises(OSError, match=f"put cifar-10-python.tar.gz into {tmp_path}"):
+        data.cifar("cifar10", "train", tmp_path)
