@@ -128,7 +128,8 @@ def memory(steps, loss):
 def two_networks(steps):
     """(a drawn path, a function that trains its two networks, as plain modules, for a step): the limit."""
     nets = []
-    path = steps.net.sample(1.0, steps.g)
+    with torch.no_grad():
+        path = steps.net.sample(1.0, steps.g)
     for side in (0, -1):
         options = [(draws["op"].options[side], draws["expansion"].options[-1], draws["width"].options[-1])
                    for draws in path]

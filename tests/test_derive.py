@@ -312,7 +312,7 @@ def test_compound_scaling_fits_its_budget_and_grows_all_rows_alike():
         assert Arch.from_json(scaled.to_json()) == scaled
         assert (scaled.stem, scaled.head, scaled.resolution) == (arch.stem, arch.head, arch.resolution)
         for old, new in zip(rows(arch), rows(scaled), strict=True):
-            repeated = [old[min(n, len(old) - 1)] for n in range(len(new))]   # the last one, as often as need be
+            repeated = [old[min(n, len(old) - 1)] for n in range(len(new))]  # the last one is repeated
             assert [b.op for b in new] == [b.op for b in repeated]
             assert [b.stride for b in new] == [old[0].stride] + [1] * (len(new) - 1)
             assert all(b.out >= a.out for a, b in zip(repeated, new))

@@ -176,6 +176,7 @@ def test_a_new_block_has_identity_kernels():
             expand, project = c.expand.weight[:, :, 0, 0], c.project.weight[:, :, 0, 0]
             assert set(expand.flatten().tolist()) == {0, 1} and (expand.sum(1) == 1).all()
             assert_close(project @ expand, torch.eye(after.block.widths[-1]))
+            assert (project.count_nonzero(0) == 1).all()                # Eq. 3: every copy has its share
             k = c.depthwise.kernel_size[0]
             centre = nn.functional.pad(torch.ones(1, 1), (k // 2,) * 4)
             assert torch.equal(c.depthwise.weight, centre.expand_as(c.depthwise.weight))

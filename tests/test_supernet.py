@@ -210,6 +210,7 @@ def test_a_weight_step_moves_what_it_sampled_and_nothing_else(teacher):
         moved = {name for name, now in net.state_dict().items() if not torch.equal(now, before[name])}
         assert moved == wanted
         assert all(a.grad is None for a in net.alphas())                # no gradient of a frozen parameter
+        assert teacher is None or all(p.grad is None for p in teacher.parameters())
 
 
 def active(net, path):
@@ -254,6 +255,15 @@ def test_an_alpha_step_moves_the_sampled_options_alone_whatever_their_momentum()
             stale += int(adam.state[a]["exp_avg"].count_nonzero()) - len(moving)
             assert a.grad is None or not a.grad.any()
     assert stale > 20                                             # momentum that Adam alone would have used
+
+
+def test_logged_probabilities_are_the_softmax_of_the_logits():
+    net = small(space=TINY)
+    for block, found in zip(net.blocks, net.probabilities(), strict=True):
+        assert set(found) == set(block.alphas)
+        for name, values in found.items():
+            e = block.alphas[name].detach().exp()
+            assert values == pytest.approx((e / e.sum()).tolist(), abs=6e-5)
 
 
 def test_operations_are_table_2s_in_order():
