@@ -230,7 +230,7 @@ def test_expected_macs_are_the_mean_over_all_networks():
 
 
 def test_expected_macs_are_the_mean_of_sampled_networks():
-    net, g, n = supernet(SPACES["small"][1], 2), seeded(5), 4000
+    net, g, n = supernet(SPACES["small"][1], 2), seeded(5), 10_000
     draws = [[torch.multinomial(p, n, True, generator=g).tolist() for p in three]
              for three in probabilities(net)]
     costs = np.array([macs(chosen(net.space, [tuple(choice[k] for choice in three) for three in draws]))
