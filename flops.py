@@ -10,6 +10,7 @@ import argparse
 import ctypes
 import math
 import os
+import resource
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -220,6 +221,13 @@ def meter(device):
         last = last | now
         return total / 3.6e12
     return used
+
+
+def peak_memory(device):
+    """GB that this process has held at most: of the accelerator's memory, or on a CPU of the machine's."""
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    return torch.accelerator.max_memory_allocated(device) / 2 ** 30
 
 
 def position(value, low, high):

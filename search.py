@@ -1,6 +1,7 @@
 """The curriculum A0..A4 (Fig. 2): train a supernet, derive its network, grow it, let the old one teach.
 
     python search.py --stages 5
+    torchrun --nproc_per_node 8 search.py --stages 5      # a process a GPU, each on its share of every batch
 
 `search` is Figure 2 as a loop, `train_stage` is one of its boxes, `two_paths` is what both updates share.
 """
@@ -10,7 +11,6 @@ import io
 import json
 import math
 import os
-import resource
 import signal
 import sys
 import time
@@ -29,7 +29,7 @@ import flops
 import plot
 from derive import Network, derive, expected_macs, measure, scale, space_costs
 from grow import WIDENINGS, describe, grow, movement
-from space import SPACES, Arch, write
+from space import SPACES, Arch
 from supernet import SuperNet, require_grad, step_sampled, temperature
 
 WEIGHTS_A_STEP = 5              # the parts are 5/6 and 1/6: five weight steps, then one of the architecture
@@ -55,13 +55,16 @@ def search(args, images, out, device, caught):
     shape = {"in_channels": images.pixels.shape[1], "classes": images.classes}
     supernet = teacher = None
     run = {"stage": 0, "step": 0, "seconds": 0.0, "means": {}, "alphas": [], "log": [], "summary": []}
-    resumed = args.resume and (out / "last.pt").exists()
+    last = out / "last.pt"
+    resumed = data.first(lambda: args.resume and last.exists() and last.read_bytes())
     if resumed:
-        run = torch.load(out / "last.pt", map_location=device, weights_only=True)
+        run = torch.load(io.BytesIO(resumed), map_location=device, weights_only=True)
     for stage in range(run["stage"], args.stages):
-        clock, meter = time.perf_counter(), flops.meter(device)
+        clock = time.perf_counter()
+        meter = flops.meter(device) if data.share()[1] == 1 else None       # it sees one device only
         if args.method == "scaling" and stage:
-            arch = scale(Arch.from_json((out / "A0.json").read_text()), stage, args.flops_target[stage])
+            base = Arch.from_json(data.first((out / "A0.json").read_text))
+            arch = scale(base, stage, args.flops_target[stage])
             conclude(run, out, stage, arch, None, time.perf_counter() - clock, device, meter)
             continue
         space = SPACES[args.space][stage]._replace(resolution=images.pixels.shape[-1])
@@ -89,19 +92,20 @@ def search(args, images, out, device, caught):
                 meter()                             # now and then, before its counter wraps around
             if row is not None:
                 run["log"].append(row | {"seconds": run["seconds"]})
-            write(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in run["log"]))
-            write(out / "last.pt", packed(run | {
+            data.save(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in run["log"]))
+            data.save(last, run | {
                 "stage": stage, "supernet": supernet.state_dict(), "sgd": sgd.state_dict(),
                 "adam": adam.state_dict(), "teacher": teacher and teacher.state_dict(),
-                "teacher_arch": teacher and teacher.arch.to_json()}))
-            if caught:
+                "teacher_arch": teacher and teacher.arch.to_json()})
+            if stopped := data.heard(caught):
                 print(f"stopped in A{stage}, after step {run['step']}; go on with: "
                       f"python search.py --resume --out {out}", flush=True)
-                raise SystemExit(128 + caught[0])
+                raise SystemExit(128 + stopped)
 
+        data.spread(supernet)
         arch = derive(supernet, args.flops_target[stage])
         network, right = measure(arch, supernet, loader, parts, args.seed, stage, WEIGHTS)
-        write(out / f"A{stage}.pt", packed(supernet.state_dict()))
+        data.save(out / f"A{stage}.pt", supernet.state_dict())
         conclude(run, out, stage, arch, right, time.perf_counter() - clock, device, meter)
         teacher = network if args.distill else None
     return run["summary"]
@@ -110,12 +114,12 @@ def search(args, images, out, device, caught):
 def conclude(run, out, stage, arch, right, seconds, device, meter):
     """Write a stage's network and its row of the summary, and make `run` ready for the next stage."""
     seconds += run["seconds"]
-    hours, kwh, co2e = flops.energy(seconds, device, kwh=meter and meter())
+    hours, kwh, co2e = flops.energy(seconds, device, data.share()[1], meter and meter())
     run["summary"].append({"stage": stage, "flops": flops.macs(arch), "params": flops.params(arch),
                            "accuracy": right, "seconds": seconds, "device_hours": hours, "kwh": kwh,
                            "co2e_lb": co2e})
-    write(out / f"A{stage}.json", arch.to_json())
-    write(out / "summary.json", json.dumps(run["summary"], indent=1) + "\n")
+    data.save(out / f"A{stage}.json", arch.to_json())
+    data.save(out / "summary.json", json.dumps(run["summary"], indent=1) + "\n")
     says = "" if right is None else (f", and {100 * right:.1f} % of the architecture part right with the "
                                      "supernet's weights")
     print(f"A{stage}: a network of {flops.macs(arch) / 1e6:.2f} M MACs{says}", flush=True)
@@ -130,14 +134,17 @@ def train_stage(supernet, teacher, sgd, adam, loader, parts, args, run, caught):
     stage, weights, alphas = supernet.space.stage, supernet.weights(), supernet.alphas()
     table, target = space_costs(supernet), args.flops_target[stage]
     epoch_length, steps = schedule(args, stage, parts)
-    weight_batches = loader.shuffled(parts[0], args.seed, stage, WEIGHTS, start=run["step"])
-    alpha_batches = loader.shuffled(parts[1], args.seed, stage, ALPHAS, start=run["step"] // WEIGHTS_A_STEP)
+    start, share = run["step"], data.share()        # of many processes each takes its share of every batch
+    weight_batches = loader.shuffled(parts[0], args.seed, stage, WEIGHTS, start=start, share=share)
+    start //= WEIGHTS_A_STEP
+    alpha_batches = loader.shuffled(parts[1], args.seed, stage, ALPHAS, start=start, share=share)
     supernet.train()
     require_grad(alphas, False)
     while run["step"] < steps:
         begin, epoch = run["step"], run["step"] // epoch_length
         first, last = epoch * epoch_length, min((epoch + 1) * epoch_length, steps)
-        with tqdm(total=last - first, initial=begin - first, desc=f"A{stage} epoch {epoch}", disable=None) as bar:
+        with tqdm(total=last - first, initial=begin - first, desc=f"A{stage} epoch {epoch}",
+                  disable=share[0] > 0 or None) as bar:
             for step in range(begin, last):
                 tau, lam = temperature(step / steps), distill.ratio(step / steps) if teacher else 0.0
                 sgd.param_groups[0]["lr"] = learning_rate(args.lr, step, steps)
@@ -146,6 +153,7 @@ def train_stage(supernet, teacher, sgd, adam, loader, parts, args, run, caught):
                 loss, right = two_paths(supernet, teacher, *next(weight_batches), tau, lam, generator)
                 sgd.zero_grad()                     # to None: SGD does not touch what was not sampled
                 loss.backward()
+                loss, right = data.average(weights, loss, right)        # and gradients, over all processes
                 sgd.step()
                 add(run["means"], loss=loss, accuracy=right)
 
@@ -155,6 +163,7 @@ def train_stage(supernet, teacher, sgd, adam, loader, parts, args, run, caught):
                     loss, right = two_paths(supernet, teacher, *next(alpha_batches), tau, lam, generator)
                     price = args.mu * (expected_macs(supernet, table) / target - 1).abs() if target else 0
                     (loss + price).backward()
+                    loss, right = data.average(alphas, loss, right)
                     step_sampled(adam, alphas)
                     require_grad(alphas, False)
                     require_grad(weights, True)
@@ -166,7 +175,7 @@ def train_stage(supernet, teacher, sgd, adam, loader, parts, args, run, caught):
                     report(bar, f"A{stage} step {step + 1}/{steps}", run["means"], tau, lam)
                 if (step + 1) % HISTORY == 0:
                     run["alphas"].append([step + 1, supernet.probabilities()])
-                if step + 1 < last and (caught or (step + 1) % args.checkpoint_every == 0):
+                if step + 1 < last and (data.heard(caught) or (step + 1) % args.checkpoint_every == 0):
                     yield None
         row = {"stage": stage, "epoch": epoch, "step": last, "steps": steps, **means(run["means"]),
                "temperature": tau, "lambda": lam, "expected_macs": float(expected_macs(supernet, table)),
@@ -178,7 +187,7 @@ def train_stage(supernet, teacher, sgd, adam, loader, parts, args, run, caught):
 
 def dry_run(args, images, device):
     """What the run would cost, as text: what its spaces hold, then a line a stage, of five steps measured."""
-    parts = data.split(images.labels, args.seed)
+    parts, processes = data.split(images.labels, args.seed), data.share()[1]
     loader = data.Loader(images, data.statistics(images, parts[0]), args.batch_size, device)
     shape = {"in_channels": images.pixels.shape[1], "classes": images.classes}
     lines = [flops.describe_space(args.space, (shape["in_channels"], images.pixels.shape[-1], images.classes)),
@@ -195,22 +204,15 @@ def dry_run(args, images, device):
         clock = time.perf_counter()
         next(training)
         step = (time.perf_counter() - clock) / 5
-        cost = flops.energy(step * steps, device)
+        cost = flops.energy(step * steps, device, processes)
         total = [a + b for a, b in zip(total, cost)]
-        lines.append(f"A{stage} {steps:>8} {step:>15.3f} {cost[0]:>9.3f} {peak_memory(device):>8.1f} {cost[1]:>9.4f} "
-                     f"{cost[2]:>10.4f}")
+        lines.append(f"A{stage} {steps:>8} {step:>15.3f} {cost[0]:>9.3f} {flops.peak_memory(device):>8.1f} "
+                     f"{cost[1]:>9.4f} {cost[2]:>10.4f}")
         teacher = Network(derive(supernet)).to(device).eval() if args.distill else None
     lines.append(f"all{'':>25}{total[0]:>9.3f} {'':>8} {total[1]:>9.4f} {total[2]:>10.4f}")
     if args.space == "paper":
         lines.append("The paper: 456 hours of a V100, 135.96 kWh, 129.70 lb of CO2e (Table 4).")
     return "\n".join([*lines, "Hours of one device; energy is an estimate, see `energy` in flops.py."])
-
-
-def peak_memory(device):
-    """GB that this process has held at most: of the accelerator's memory, or on a CPU of the machine's."""
-    if device.type == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-    return torch.accelerator.max_memory_allocated(device) / 2 ** 30
 
 
 def optimisers(supernet, args):
@@ -260,13 +262,6 @@ def report(bar, label, totals, tau, lam):
         bar.set_postfix_str(text)
     elif totals["loss"][1] % 250 == 0:
         print(f"{label}  {text}", flush=True)
-
-
-def packed(state):
-    """A state dict as the bytes of a checkpoint, which loads with weights_only=True."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
 
 
 def parser():
@@ -326,6 +321,8 @@ def number(kind, low):
 
 def settings(p, argv):
     """The checked arguments. A mistake ends in one line and exit status 2."""
+    if begun := data.recall("out"):                 # before torchrun started its processes anew
+        argv = ["--resume", "--out", begun]
     args = p.parse_args(argv)
     if args.resume:
         if args.out is None or not (args.out / "args.json").is_file():
@@ -353,29 +350,13 @@ def settings(p, argv):
         elif len(values) < args.stages:
             p.error(f"--{key.replace('_', '-')}: {len(values)} values for {args.stages} stages; give one for each, "
                     "or one for all")
+    if args.batch_size % data.share()[1]:
+        p.error(f"--batch-size {args.batch_size} does not divide by the {data.share()[1]} processes")
     if args.method == "scaling" and not all(args.flops_target):
         p.error("--method scaling needs a --flops-target to scale to")
     if args.method != "cst":
         args.grow, args.distill, args.widen = args.method == "naive", False, "naive"
     return args
-
-
-def choose_device(p, name):
-    """The torch device of that name; `auto` is an accelerator if there is one. A wrong one ends in p.error."""
-    try:
-        if name == "auto":
-            return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-        return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        p.error(f"--device {name}: {str(error).splitlines()[0]}")
-
-
-def load_data(p, name, part):
-    """`data.load`; what is missing or broken ends in p.error."""
-    try:
-        return data.load(name, part)
-    except (OSError, EOFError, ValueError) as error:
-        p.error(f"--data {name}: {error}")
 
 
 @contextlib.contextmanager
@@ -391,23 +372,27 @@ def signals():
             signal.signal(number, handler)
 
 
+@data.processes()
 def main(argv=None):
     p = parser()
-    args = settings(p, argv)
-    device = choose_device(p, args.device)
-    images = load_data(p, args.data, "train")
+    args = data.first(settings, p, argv)
+    device = data.choose_device(p, args.device)
+    images = data.load_data(p, args.data, "train")
     if args.batch_size > len(images.labels) // 6:
-        p.error(f"--batch-size {args.batch_size} is more than the {len(images.labels) // 6} images of the architecture part")
+        data.first(p.error, f"--batch-size {args.batch_size} is more than the {len(images.labels) // 6} images "
+                            "of the architecture part")
     if args.dry_run:
         return print(dry_run(args, images, device))
     args.out.mkdir(parents=True, exist_ok=True)
     kept = {key: value for key, value in vars(args).items() if key not in ("out", "resume", "dry_run")}
-    write(args.out / "args.json", json.dumps(kept, indent=1) + "\n")
+    data.save(args.out / "args.json", json.dumps(kept, indent=1) + "\n")
+    data.note("out", str(args.out))
     print(f"{args.method} on {args.data}, seed {args.seed}, into {args.out}", flush=True)
     with signals() as caught:
         summary = search(args, images, args.out, device, caught)
     print(plot.table(summary))
-    plot.curve([args.out], args.out / "curve.png")
+    if data.share()[0] == 0:
+        plot.curve([args.out], args.out / "curve.png")
     print(f"curve: {args.out / 'curve.png'}; train the networks: python train.py {args.out}")
 
 

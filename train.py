@@ -2,6 +2,7 @@
 
     python train.py runs/001                     # A0.json, A1.json, .. of a run, then the curve
     python train.py runs/001/A3.json --export net.pt2
+    torchrun --nproc_per_node 8 train.py runs/001         # a process a GPU, each on its share of every batch
 
 On the whole training set: SGD with Nesterov momentum, linear warm-up and a cosine to zero, label smoothing,
 weight decay of weight matrices alone, dropout before the classifier, an exponential moving average of the
@@ -9,6 +10,7 @@ weights. The network of the last epoch counts: the test images choose nothing.
 """
 import argparse
 import importlib.util
+import io
 import json
 import os
 import sys
@@ -28,8 +30,8 @@ import data
 import flops
 import plot
 from derive import Network, accuracy, inherit, open_supernet
-from search import choose_device, learning_rate, load_data, number, one_line, packed
-from space import Arch, write
+from search import learning_rate, number, one_line
+from space import Arch
 from supernet import initialise
 
 BATCHES, INITIAL = range(10, 12)                # what is drawn: with seed and stage it seeds a generator
@@ -52,19 +54,22 @@ def train(network, loader, index, tester, test_index, args, name, stage, checkpo
                           args.lr, momentum=0.9, nesterov=True)
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
     rows, epoch_length = [], len(index) // args.batch_size
-    if args.resume and checkpoint.exists():
-        saved = torch.load(checkpoint, map_location=loader.device, weights_only=True)
+    saved = data.first(lambda: args.resume and checkpoint.exists() and checkpoint.read_bytes())
+    if saved:
+        saved = torch.load(io.BytesIO(saved), map_location=loader.device, weights_only=True)
         network.load_state_dict(saved["network"])
         average.load_state_dict(saved["average"])
         sgd.load_state_dict(saved["sgd"])
         rows = saved["rows"]
-    batches = loader.shuffled(index, args.seed, stage, BATCHES, start=len(rows) * epoch_length)
+    rank, n = data.share()                          # of n processes each takes its share of every batch
+    start = len(rows) * epoch_length
+    batches = loader.shuffled(index, args.seed, stage, BATCHES, start=start, share=(rank, n))
     result = average.module if args.ema else network
     for epoch in range(len(rows), args.epochs):
-        torch.manual_seed(epoch * 10 ** 6 + args.seed)                      # dropout's draws
+        torch.manual_seed((rank * 10 ** 6 + epoch) * 10 ** 6 + args.seed)   # dropout's draws
         network.train()
         clock, total = time.perf_counter(), torch.zeros((), device=loader.device)
-        with tqdm(range(epoch_length), desc=f"{name} epoch {epoch}", disable=None) as bar:
+        with tqdm(range(epoch_length), desc=f"{name} epoch {epoch}", disable=rank > 0 or None) as bar:
             for step in bar:
                 rate = learning_rate(args.lr, epoch * epoch_length + step, args.epochs * epoch_length)
                 for group in sgd.param_groups:
@@ -74,20 +79,24 @@ def train(network, loader, index, tester, test_index, args, name, stage, checkpo
                     loss = F.cross_entropy(network(x), y, label_smoothing=args.smoothing)
                 sgd.zero_grad()
                 loss.backward()
+                loss, = data.average(network.parameters(), loss)        # and gradients, over all processes
                 sgd.step()
                 if args.ema:
                     average.update_parameters(network)
                 total += loss.detach()
                 if step % 50 == 49:
                     bar.set_postfix_str(f"loss {float(total) / (step + 1):.3f}")
+        data.spread(network)
+        data.spread(average)
         right = accuracy(result, tester.ordered(test_index))
         rows.append({"epoch": epoch, "loss": float(total) / epoch_length, "accuracy": right,
                      "seconds": time.perf_counter() - clock})
         print(f"{name} epoch {epoch}  loss {rows[-1]['loss']:.3f}  accuracy {100 * right:.2f} %  "
               f"{rows[-1]['seconds']:.0f} s", flush=True)
         if not args.validate:
-            write(checkpoint, packed({"network": network.state_dict(), "average": average.state_dict(),
-                                      "sgd": sgd.state_dict(), "rows": rows}))
+            data.save(checkpoint, {"network": network.state_dict(), "average": average.state_dict(),
+                                   "sgd": sgd.state_dict(), "rows": rows})
+            data.note(name, "saved")
     return result, rows
 
 
@@ -179,13 +188,30 @@ def check(p, args, archs, folder, images):
         p.error("--export to .onnx needs onnx: pip install onnx onnxscript, or export to .pt2")
 
 
+def check_batch(p, batch_size, images):
+    """End in p.error for a batch that does not fit the number of images, or that of processes."""
+    n = data.share()[1]
+    if batch_size > images:
+        p.error(f"--batch-size {batch_size} is more than the {images} images")
+    if batch_size % n:
+        p.error(f"--batch-size {batch_size} does not divide by the {n} processes")
+
+
+def progress(name, checkpoint, rows, resume):
+    """How far a network is that is to be gone on with: "saved" in an epoch, or "trained"; else None."""
+    if not resume:
+        return data.recall(name)                            # torchrun may have started its processes anew
+    return "saved" if checkpoint.exists() else "trained" if any(row["name"] == name for row in rows) else None
+
+
+@data.processes()
 def main(argv=None):
     p = parser()
-    args = p.parse_args(argv)
-    archs, folder = networks(p, args.what)
-    out, device = args.out or folder, choose_device(p, args.device)
-    images, test = load_data(p, args.data, "train"), load_data(p, args.data, "test")
-    check(p, args, archs, folder, images)
+    args = data.first(p.parse_args, argv)
+    archs, folder = data.first(networks, p, args.what)
+    out, device = args.out or folder, data.choose_device(p, args.device)
+    images, test = data.load_data(p, args.data, "train"), data.load_data(p, args.data, "test")
+    data.first(check, p, args, archs, folder, images)
     if args.autocast is None:
         args.autocast = device.type == "cuda"
     out.mkdir(parents=True, exist_ok=True)
@@ -200,27 +226,29 @@ def main(argv=None):
         given = argparse.Namespace(**vars(args))
         for key, value in DEFAULTS["paper" if arch.space == "paper" else "small"].items():
             setattr(given, key, value if getattr(args, key) is None else getattr(args, key))
-        if given.batch_size > len(index):
-            p.error(f"--batch-size {given.batch_size} is more than the {len(index)} images")
+        data.first(check_batch, p, given.batch_size, len(index))
         checkpoint = out / f"{name}.last.pt"
-        if args.resume and not checkpoint.exists() and any(row["name"] == name for row in rows):
+        before = data.first(progress, name, checkpoint, rows, args.resume)
+        if before == "trained":
             continue
+        given.resume = before == "saved"
         loader, tester = (data.Loader(part, stats, given.batch_size, device) for part in (images, test))
         network = initial(arch, given, folder).to(device)
         network, epochs = train(network, loader, index, tester, test_index, given, name, arch.stage, checkpoint)
-        if args.validate:
-            continue
+        if args.validate or data.share()[0]:
+            continue                                        # of many processes the first writes
         row = {"name": name, "stage": arch.stage, "flops": flops.macs(arch), "params": flops.params(arch),
                "accuracy": epochs[-1]["accuracy"], "seconds": sum(e["seconds"] for e in epochs),
                "init": args.init, "seed": args.seed, "epochs": epochs}
         rows = sorted([r for r in rows if r["name"] != name] + [row], key=lambda r: r["name"])
-        write(out / f"{name}.trained.pt", packed(network.state_dict()))
-        write(results, json.dumps(rows, indent=1) + "\n")
+        data.save(out / f"{name}.trained.pt", network.state_dict())
+        data.save(results, json.dumps(rows, indent=1) + "\n")
         checkpoint.unlink()
+        data.note(name, "trained")
         if args.export:
             export(network, args.export)
             print(f"exported: {args.export}")
-    if not args.validate and (out / "summary.json").exists():
+    if data.share()[0] == 0 and not args.validate and (out / "summary.json").exists():
         plot.curve([out], out / "curve.png")
         print(f"curve: {out / 'curve.png'}")
 
