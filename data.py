@@ -9,6 +9,7 @@ import io
 import math
 import os
 import sys
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,9 +44,15 @@ def generator(*position):
 
 
 def read_idx(path, dimensions):
-    """The array in a gzip file of idx format: two zero bytes, type 8 (uint8), dimensions, sizes, values."""
-    with gzip.open(path) as file:
-        raw = file.read()
+    """The array in a gzip file of idx format: two zero bytes, type 8 (uint8), dimensions, sizes, values.
+
+    ValueError if it is not one, or broken.
+    """
+    try:
+        with gzip.open(path) as file:
+            raw = file.read()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: a broken gzip file ({error})") from None
     start = 4 + 4 * dimensions
     if len(raw) < start or raw[:4] != bytes((0, 0, 8, dimensions)):
         raise ValueError(f"{path}: not an idx file of {dimensions} dimensions")

@@ -90,7 +90,7 @@ class SuperNet(nn.Module):
         return [p for name, p in self.named_parameters() if ".alphas." not in name]
 
     def alphas(self):
-        """The architecture parameters, alpha, in the order of blocks and `CHOICES`: trained by Adam on the other 1/6."""
+        """The architecture parameters, alpha, block by block: trained by Adam on the other 1/6."""
         return [a for block in self.blocks for a in block.alphas.values()]
 
     def probabilities(self):
