@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")                # as in search.py
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
