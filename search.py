@@ -14,7 +14,6 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
 
 # How long a thread spins before it sleeps, waiting for another. OpenMP's default makes a step 40 times slower
 # beside one busy neighbour; sleeping at once makes it twice as slow on a quiet machine. Read as torch is loaded.
@@ -25,23 +24,18 @@ from tqdm import tqdm
 
 import data
 import distill
+import flags
 import flops
 import plot
+import processes
 from derive import Network, derive, expected_macs, measure, scale, space_costs
-from grow import WIDENINGS, describe, grow, movement
+from grow import describe, grow, movement
 from space import SPACES, Arch
 from supernet import SuperNet, require_grad, step_sampled, temperature
 
 WEIGHTS_A_STEP = 5              # the parts are 5/6 and 1/6: five weight steps, then one of the architecture
 HISTORY = 200                   # steps between the architecture probabilities that the log keeps
 WEIGHTS, ALPHAS, PATHS, GROWTH = range(4)   # what is drawn: with seed, stage and step it seeds a generator
-METHODS = {"cst": "curriculum supernet training, the paper's",
-           "direct": "every stage from scratch, without a teacher",
-           "naive": "grown with random new weights, without a teacher",
-           "scaling": "A1.. are A0's network in larger widths and depths, not searched"}
-# The paper's epochs and batch size; our small space takes a hundredth of the epochs. All else is ours.
-DEFAULTS = {"paper": {"epochs": [100, 60, 60, 60, 60], "batch_size": 1024, "lr": 0.4, "alpha_lr": 0.01},
-            "small": {"epochs": [1, 0.6, 0.6, 0.6, 0.6], "batch_size": 32, "lr": 0.1, "alpha_lr": 0.02}}
 
 
 def search(args, images, out, device, caught):
@@ -56,14 +50,14 @@ def search(args, images, out, device, caught):
     supernet = teacher = None
     run = {"stage": 0, "step": 0, "seconds": 0.0, "means": {}, "alphas": [], "log": [], "summary": []}
     last = out / "last.pt"
-    resumed = data.first(lambda: args.resume and last.exists() and last.read_bytes())
+    resumed = processes.first(lambda: args.resume and last.exists() and last.read_bytes())
     if resumed:
         run = torch.load(io.BytesIO(resumed), map_location=device, weights_only=True)
     for stage in range(run["stage"], args.stages):
         clock = time.perf_counter()
-        meter = flops.meter(device) if data.share()[1] == 1 else None       # it sees one device only
+        meter = flops.meter(device) if processes.share()[1] == 1 else None       # it sees one device only
         if args.method == "scaling" and stage:
-            base = Arch.from_json(data.first((out / "A0.json").read_text))
+            base = Arch.from_json(processes.first((out / "A0.json").read_text))
             arch = scale(base, stage, args.flops_target[stage])
             conclude(run, out, stage, arch, None, time.perf_counter() - clock, device, meter)
             continue
@@ -92,20 +86,20 @@ def search(args, images, out, device, caught):
                 meter()                             # now and then, before its counter wraps around
             if row is not None:
                 run["log"].append(row | {"seconds": run["seconds"]})
-            data.save(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in run["log"]))
-            data.save(last, run | {
+            processes.save(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in run["log"]))
+            processes.save(last, run | {
                 "stage": stage, "supernet": supernet.state_dict(), "sgd": sgd.state_dict(),
                 "adam": adam.state_dict(), "teacher": teacher and teacher.state_dict(),
                 "teacher_arch": teacher and teacher.arch.to_json()})
-            if stopped := data.heard(caught):
+            if stopped := processes.heard(caught):
                 print(f"stopped in A{stage}, after step {run['step']}; go on with: "
                       f"python search.py --resume --out {out}", flush=True)
                 raise SystemExit(128 + stopped)
 
-        data.spread(supernet)
+        processes.spread(supernet)
         arch = derive(supernet, args.flops_target[stage])
         network, right = measure(arch, supernet, loader, parts, args.seed, stage, WEIGHTS)
-        data.save(out / f"A{stage}.pt", supernet.state_dict())
+        processes.save(out / f"A{stage}.pt", supernet.state_dict())
         conclude(run, out, stage, arch, right, time.perf_counter() - clock, device, meter)
         teacher = network if args.distill else None
     return run["summary"]
@@ -114,12 +108,12 @@ def search(args, images, out, device, caught):
 def conclude(run, out, stage, arch, right, seconds, device, meter):
     """Write a stage's network and its row of the summary, and make `run` ready for the next stage."""
     seconds += run["seconds"]
-    hours, kwh, co2e = flops.energy(seconds, device, data.share()[1], meter and meter())
+    hours, kwh, co2e = flops.energy(seconds, device, processes.share()[1], meter and meter())
     run["summary"].append({"stage": stage, "flops": flops.macs(arch), "params": flops.params(arch),
                            "accuracy": right, "seconds": seconds, "device_hours": hours, "kwh": kwh,
                            "co2e_lb": co2e})
-    data.save(out / f"A{stage}.json", arch.to_json())
-    data.save(out / "summary.json", json.dumps(run["summary"], indent=1) + "\n")
+    processes.save(out / f"A{stage}.json", arch.to_json())
+    processes.save(out / "summary.json", json.dumps(run["summary"], indent=1) + "\n")
     says = "" if right is None else (f", and {100 * right:.1f} % of the architecture part right with the "
                                      "supernet's weights")
     print(f"A{stage}: a network of {flops.macs(arch) / 1e6:.2f} M MACs{says}", flush=True)
@@ -134,7 +128,7 @@ def train_stage(supernet, teacher, sgd, adam, loader, parts, args, run, caught):
     stage, weights, alphas = supernet.space.stage, supernet.weights(), supernet.alphas()
     table, target = space_costs(supernet), args.flops_target[stage]
     epoch_length, steps = schedule(args, stage, parts)
-    start, share = run["step"], data.share()        # of many processes each takes its share of every batch
+    start, share = run["step"], processes.share()        # of many processes each takes its share of every batch
     weight_batches = loader.shuffled(parts[0], args.seed, stage, WEIGHTS, start=start, share=share)
     start //= WEIGHTS_A_STEP
     alpha_batches = loader.shuffled(parts[1], args.seed, stage, ALPHAS, start=start, share=share)
@@ -153,7 +147,7 @@ def train_stage(supernet, teacher, sgd, adam, loader, parts, args, run, caught):
                 loss, right = two_paths(supernet, teacher, *next(weight_batches), tau, lam, generator)
                 sgd.zero_grad()                     # to None: SGD does not touch what was not sampled
                 loss.backward()
-                loss, right = data.average(weights, loss, right)        # and gradients, over all processes
+                loss, right = processes.average(weights, loss, right)        # and gradients, over all processes
                 sgd.step()
                 add(run["means"], loss=loss, accuracy=right)
 
@@ -163,7 +157,7 @@ def train_stage(supernet, teacher, sgd, adam, loader, parts, args, run, caught):
                     loss, right = two_paths(supernet, teacher, *next(alpha_batches), tau, lam, generator)
                     price = args.mu * (expected_macs(supernet, table) / target - 1).abs() if target else 0
                     (loss + price).backward()
-                    loss, right = data.average(alphas, loss, right)
+                    loss, right = processes.average(alphas, loss, right)
                     step_sampled(adam, alphas)
                     require_grad(alphas, False)
                     require_grad(weights, True)
@@ -175,7 +169,7 @@ def train_stage(supernet, teacher, sgd, adam, loader, parts, args, run, caught):
                     report(bar, f"A{stage} step {step + 1}/{steps}", run["means"], tau, lam)
                 if (step + 1) % HISTORY == 0:
                     run["alphas"].append([step + 1, supernet.probabilities()])
-                if step + 1 < last and (data.heard(caught) or (step + 1) % args.checkpoint_every == 0):
+                if step + 1 < last and (processes.heard(caught) or (step + 1) % args.checkpoint_every == 0):
                     yield None
         row = {"stage": stage, "epoch": epoch, "step": last, "steps": steps, **means(run["means"]),
                "temperature": tau, "lambda": lam, "expected_macs": float(expected_macs(supernet, table)),
@@ -187,7 +181,7 @@ def train_stage(supernet, teacher, sgd, adam, loader, parts, args, run, caught):
 
 def dry_run(args, images, device):
     """What the run would cost, as text: what its spaces hold, then a line a stage, of five steps measured."""
-    parts, processes = data.split(images.labels, args.seed), data.share()[1]
+    parts, n = data.split(images.labels, args.seed), processes.share()[1]
     loader = data.Loader(images, data.statistics(images, parts[0]), args.batch_size, device)
     shape = {"in_channels": images.pixels.shape[1], "classes": images.classes}
     lines = [flops.describe_space(args.space, (shape["in_channels"], images.pixels.shape[-1], images.classes)),
@@ -204,7 +198,7 @@ def dry_run(args, images, device):
         clock = time.perf_counter()
         next(training)
         step = (time.perf_counter() - clock) / 5
-        cost = flops.energy(step * steps, device, processes)
+        cost = flops.energy(step * steps, device, n)
         total = [a + b for a, b in zip(total, cost)]
         lines.append(f"A{stage} {steps:>8} {step:>15.3f} {cost[0]:>9.3f} {flops.peak_memory(device):>8.1f} "
                      f"{cost[1]:>9.4f} {cost[2]:>10.4f}")
@@ -264,101 +258,6 @@ def report(bar, label, totals, tau, lam):
         print(f"{label}  {text}", flush=True)
 
 
-def parser():
-    p = one_line(argparse.ArgumentParser(prog="search.py", description=__doc__,
-                                         formatter_class=argparse.RawDescriptionHelpFormatter))
-    g = p.add_argument_group("the curriculum")
-    g.add_argument("--stages", type=int, choices=range(1, 6), default=5, help="how many of A0..A4 (5)")
-    g.add_argument("--space", choices=SPACES, default="small", help="the paper's, or ours for small images (small)")
-    g.add_argument("--method", choices=METHODS, default="cst",
-                   help="; ".join(f"{name}: {words}" for name, words in METHODS.items()) + " (cst)")
-    g.add_argument("--no-grow", dest="grow", action="store_false",
-                   help="ablation (Fig. 6): every stage from scratch, without SuperNet2SuperNet")
-    g.add_argument("--no-distill", dest="distill", action="store_false",
-                   help="ablation (Fig. 6): without the teacher of Eq. 4")
-    g.add_argument("--widen", choices=WIDENINGS[:2], default="eq3", help="how new channels are consumed: by Eq. 3, "
-                   "or not at first, which preserves every old sub-network (eq3)")
-    g.add_argument("--flops-target", nargs="+", type=flops.amount, metavar="F",
-                   help="MACs of each stage's network, as in 0.9M, or off (Table 3; for our space the like)")
-    g.add_argument("--mu", type=number(float, 1e-9), default=1.0,
-                   help="weight of |expected MACs / target - 1| in the architecture's loss (1)")
-    g = p.add_argument_group("data and training", "(defaults in the paper's space; in ours)")
-    g.add_argument("--data", choices=data.NAMES, default="fashion",
-                   help="Fashion-MNIST, which is here; CIFAR, which is downloaded; or patterns to try things with (fashion)")
-    g.add_argument("--epochs", nargs="+", type=number(float, 1e-9), metavar="E", help="of each stage, or one number for all; "
-                   "fractions will do (100 60 60 60 60; 1 0.6 0.6 0.6 0.6)")
-    g.add_argument("--batch-size", type=number(int, 1), metavar="B", help="images a step (1024; 32)")
-    g.add_argument("--lr", type=number(float, 1e-9), help="peak learning rate of the weights' SGD (0.4; 0.1)")
-    g.add_argument("--weight-decay", type=number(float, 0), default=1e-4, help="of the weights (1e-4)")
-    g.add_argument("--alpha-lr", type=number(float, 1e-9), help="learning rate of the architecture's Adam (0.01; 0.02)")
-    g = p.add_argument_group("the run")
-    g.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (the next of runs/001, runs/002, ..)")
-    g.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings")
-    g.add_argument("--dry-run", action="store_true", help="measure a few steps, print what the run would cost, and stop")
-    g.add_argument("--checkpoint-every", type=number(int, 1), default=500, metavar="N",
-                   help="steps between checkpoints within an epoch; a kill loses no more than these (500)")
-    g.add_argument("--seed", type=number(int, 0), default=0, help="the same seed gives the same run (0)")
-    g.add_argument("--device", default="auto", help="cpu, cuda, .. (auto: an accelerator if there is one)")
-    return p
-
-
-def one_line(parser):
-    """Let `parser` end a user's mistake in one line on stderr, with exit status 2, and without its usage."""
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
-    return parser
-
-
-def number(kind, low):
-    """An argparse type: a finite number of that kind (int, float) of at least `low`."""
-    def read(text):
-        value = kind(text)
-        if not low <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {low:g}")
-        return value
-    read.__name__ = "number"                        # what argparse calls it where `kind` fails
-    return read
-
-
-def settings(p, argv):
-    """The checked arguments. A mistake ends in one line and exit status 2."""
-    if begun := data.recall("out"):                 # before torchrun started its processes anew
-        argv = ["--resume", "--out", begun]
-    args = p.parse_args(argv)
-    if args.resume:
-        if args.out is None or not (args.out / "args.json").is_file():
-            p.error("--resume needs --out with the folder of a run, one that has args.json")
-        try:
-            saved = json.loads((args.out / "args.json").read_text())
-            p.set_defaults(**saved)
-        except (OSError, ValueError, TypeError) as error:
-            p.error(f"--resume: {args.out / 'args.json'} is not what a run writes ({error})")
-        args = p.parse_args(argv)
-        for key, value in saved.items():
-            if key not in ("stages", "device") and getattr(args, key) != value:
-                p.error(f"--{key.replace('_', '-')} is {getattr(args, key)}, but the run in {args.out} has {value}")
-    elif args.out is None:
-        args.out = next(out for out in (Path("runs") / f"{n:03d}" for n in range(1, 10 ** 9)) if not out.exists())
-    elif args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        p.error(f"--out {args.out} holds something already: choose another folder, or add --resume")
-    for key, value in DEFAULTS[args.space].items():
-        setattr(args, key, getattr(args, key) or value)
-    args.flops_target = args.flops_target or list(flops.TARGETS[args.space])
-    for key in ("epochs", "flops_target"):
-        values = getattr(args, key)
-        if len(values) == 1:
-            setattr(args, key, values * 5)
-        elif len(values) < args.stages:
-            p.error(f"--{key.replace('_', '-')}: {len(values)} values for {args.stages} stages; give one for each, "
-                    "or one for all")
-    if args.batch_size % data.share()[1]:
-        p.error(f"--batch-size {args.batch_size} does not divide by the {data.share()[1]} processes")
-    if args.method == "scaling" and not all(args.flops_target):
-        p.error("--method scaling needs a --flops-target to scale to")
-    if args.method != "cst":
-        args.grow, args.distill, args.widen = args.method == "naive", False, "naive"
-    return args
-
-
 @contextlib.contextmanager
 def signals():
     """Ctrl-C and SIGTERM are noted in a list, which this yields, so that a step can end before they are obeyed."""
@@ -372,26 +271,26 @@ def signals():
             signal.signal(number, handler)
 
 
-@data.processes()
+@processes.join()
 def main(argv=None):
-    p = parser()
-    args = data.first(settings, p, argv)
-    device = data.choose_device(p, args.device)
+    p = flags.parser(__doc__)
+    args = processes.first(flags.settings, p, argv)
+    device = processes.choose_device(p, args.device)
     images = data.load_data(p, args.data, "train")
     if args.batch_size > len(images.labels) // 6:
-        data.first(p.error, f"--batch-size {args.batch_size} is more than the {len(images.labels) // 6} images "
+        processes.first(p.error, f"--batch-size {args.batch_size} is more than the {len(images.labels) // 6} images "
                             "of the architecture part")
     if args.dry_run:
         return print(dry_run(args, images, device))
     args.out.mkdir(parents=True, exist_ok=True)
     kept = {key: value for key, value in vars(args).items() if key not in ("out", "resume", "dry_run")}
-    data.save(args.out / "args.json", json.dumps(kept, indent=1) + "\n")
-    data.note("out", str(args.out))
+    processes.save(args.out / "args.json", json.dumps(kept, indent=1) + "\n")
+    processes.note("out", str(args.out))
     print(f"{args.method} on {args.data}, seed {args.seed}, into {args.out}", flush=True)
     with signals() as caught:
         summary = search(args, images, args.out, device, caught)
     print(plot.table(summary))
-    if data.share()[0] == 0:
+    if processes.share()[0] == 0:
         plot.curve([args.out], args.out / "curve.png")
     print(f"curve: {args.out / 'curve.png'}; train the networks: python train.py {args.out}")
 

@@ -29,8 +29,10 @@ from tqdm import tqdm
 import data
 import flops
 import plot
+import processes
 from derive import Network, accuracy, inherit, open_supernet
-from search import learning_rate, number, one_line
+from flags import number, one_line
+from search import learning_rate
 from space import Arch
 from supernet import initialise
 
@@ -54,14 +56,14 @@ def train(network, loader, index, tester, test_index, args, name, stage, checkpo
                           args.lr, momentum=0.9, nesterov=True)
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
     rows, epoch_length = [], len(index) // args.batch_size
-    saved = data.first(lambda: args.resume and checkpoint.exists() and checkpoint.read_bytes())
+    saved = processes.first(lambda: args.resume and checkpoint.exists() and checkpoint.read_bytes())
     if saved:
         saved = torch.load(io.BytesIO(saved), map_location=loader.device, weights_only=True)
         network.load_state_dict(saved["network"])
         average.load_state_dict(saved["average"])
         sgd.load_state_dict(saved["sgd"])
         rows = saved["rows"]
-    rank, n = data.share()                          # of n processes each takes its share of every batch
+    rank, n = processes.share()                          # of n processes each takes its share of every batch
     start = len(rows) * epoch_length
     batches = loader.shuffled(index, args.seed, stage, BATCHES, start=start, share=(rank, n))
     result = average.module if args.ema else network
@@ -79,24 +81,24 @@ def train(network, loader, index, tester, test_index, args, name, stage, checkpo
                     loss = F.cross_entropy(network(x), y, label_smoothing=args.smoothing)
                 sgd.zero_grad()
                 loss.backward()
-                loss, = data.average(network.parameters(), loss)        # and gradients, over all processes
+                loss, = processes.average(network.parameters(), loss)        # and gradients, over all processes
                 sgd.step()
                 if args.ema:
                     average.update_parameters(network)
                 total += loss.detach()
                 if step % 50 == 49:
                     bar.set_postfix_str(f"loss {float(total) / (step + 1):.3f}")
-        data.spread(network)
-        data.spread(average)
+        processes.spread(network)
+        processes.spread(average)
         right = accuracy(result, tester.ordered(test_index))
         rows.append({"epoch": epoch, "loss": float(total) / epoch_length, "accuracy": right,
                      "seconds": time.perf_counter() - clock})
         print(f"{name} epoch {epoch}  loss {rows[-1]['loss']:.3f}  accuracy {100 * right:.2f} %  "
               f"{rows[-1]['seconds']:.0f} s", flush=True)
         if not args.validate:
-            data.save(checkpoint, {"network": network.state_dict(), "average": average.state_dict(),
+            processes.save(checkpoint, {"network": network.state_dict(), "average": average.state_dict(),
                                    "sgd": sgd.state_dict(), "rows": rows})
-            data.note(name, "saved")
+            processes.note(name, "saved")
     return result, rows
 
 
@@ -190,7 +192,7 @@ def check(p, args, archs, folder, images):
 
 def check_batch(p, batch_size, images):
     """End in p.error for a batch that does not fit the number of images, or that of processes."""
-    n = data.share()[1]
+    n = processes.share()[1]
     if batch_size > images:
         p.error(f"--batch-size {batch_size} is more than the {images} images")
     if batch_size % n:
@@ -200,18 +202,18 @@ def check_batch(p, batch_size, images):
 def progress(name, checkpoint, rows, resume):
     """How far a network is that is to be gone on with: "saved" in an epoch, or "trained"; else None."""
     if not resume:
-        return data.recall(name)                            # torchrun may have started its processes anew
+        return processes.recall(name)                            # torchrun may have started its processes anew
     return "saved" if checkpoint.exists() else "trained" if any(row["name"] == name for row in rows) else None
 
 
-@data.processes()
+@processes.join()
 def main(argv=None):
     p = parser()
-    args = data.first(p.parse_args, argv)
-    archs, folder = data.first(networks, p, args.what)
-    out, device = args.out or folder, data.choose_device(p, args.device)
+    args = processes.first(p.parse_args, argv)
+    archs, folder = processes.first(networks, p, args.what)
+    out, device = args.out or folder, processes.choose_device(p, args.device)
     images, test = data.load_data(p, args.data, "train"), data.load_data(p, args.data, "test")
-    data.first(check, p, args, archs, folder, images)
+    processes.first(check, p, args, archs, folder, images)
     if args.autocast is None:
         args.autocast = device.type == "cuda"
     out.mkdir(parents=True, exist_ok=True)
@@ -226,29 +228,29 @@ def main(argv=None):
         given = argparse.Namespace(**vars(args))
         for key, value in DEFAULTS["paper" if arch.space == "paper" else "small"].items():
             setattr(given, key, value if getattr(args, key) is None else getattr(args, key))
-        data.first(check_batch, p, given.batch_size, len(index))
+        processes.first(check_batch, p, given.batch_size, len(index))
         checkpoint = out / f"{name}.last.pt"
-        before = data.first(progress, name, checkpoint, rows, args.resume)
+        before = processes.first(progress, name, checkpoint, rows, args.resume)
         if before == "trained":
             continue
         given.resume = before == "saved"
         loader, tester = (data.Loader(part, stats, given.batch_size, device) for part in (images, test))
         network = initial(arch, given, folder).to(device)
         network, epochs = train(network, loader, index, tester, test_index, given, name, arch.stage, checkpoint)
-        if args.validate or data.share()[0]:
+        if args.validate or processes.share()[0]:
             continue                                        # of many processes the first writes
         row = {"name": name, "stage": arch.stage, "flops": flops.macs(arch), "params": flops.params(arch),
                "accuracy": epochs[-1]["accuracy"], "seconds": sum(e["seconds"] for e in epochs),
                "init": args.init, "seed": args.seed, "epochs": epochs}
         rows = sorted([r for r in rows if r["name"] != name] + [row], key=lambda r: r["name"])
-        data.save(out / f"{name}.trained.pt", network.state_dict())
-        data.save(results, json.dumps(rows, indent=1) + "\n")
+        processes.save(out / f"{name}.trained.pt", network.state_dict())
+        processes.save(results, json.dumps(rows, indent=1) + "\n")
         checkpoint.unlink()
-        data.note(name, "trained")
+        processes.note(name, "trained")
         if args.export:
             export(network, args.export)
             print(f"exported: {args.export}")
-    if data.share()[0] == 0 and not args.validate and (out / "summary.json").exists():
+    if processes.share()[0] == 0 and not args.validate and (out / "summary.json").exists():
         plot.curve([out], out / "curve.png")
         print(f"curve: {out / 'curve.png'}")
 

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+import flags
 import search
 from derive import Network, arch, inherit
 from grow import grow
@@ -193,7 +194,7 @@ def outside(loader, parts):
             inside.append(time.perf_counter() - clock)
             return found
         return run
-    args = search.settings(search.parser(), ["--epochs", "0.05", "--out", "unused"])
+    args = flags.settings(flags.parser(), ["--epochs", "0.05", "--out", "unused"])
     net = SuperNet(SPACES["small"][0]._replace(resolution=28), 1, 10)
     sgd, adam = search.optimisers(net, args)
     net.forward, sgd.step, adam.step = watched(net.forward), watched(sgd.step), watched(adam.step)

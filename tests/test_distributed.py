@@ -20,7 +20,9 @@ import torch.multiprocessing as mp
 from test_search import contents, same
 
 import data
+import flags
 import ops
+import processes
 import search
 import supernet as supernet_module
 from derive import Network, derive
@@ -63,7 +65,7 @@ def work(rank, folder):
     found = {"row": {k: row[k] for k in ("loss", "accuracy", "alpha_loss")}, "travelled": list(travelled),
              "weights": {name: p.detach().clone() for name, p in net.named_parameters()},
              "buffers": {name: b.clone() for name, b in net.named_buffers()}}
-    data.spread(net)
+    processes.spread(net)
     found["spread"] = net.state_dict()
     without_norm()
     net, steps = stage(lr=0.01, steps=10)
@@ -71,11 +73,11 @@ def work(rank, folder):
     found.update(plain=net.state_dict(), plain_row={k: row[k] for k in ("loss", "accuracy", "alpha_loss")})
     with contextlib.redirect_stderr(io.StringIO()) as said:
         try:
-            data.first(search.settings, search.parser(), ["--batch-size", "33", "--out", f"{folder}/none"])
+            processes.first(flags.settings, flags.parser(), ["--batch-size", "33", "--out", f"{folder}/none"])
         except SystemExit as stop:
             found.update(code=stop.code, said=said.getvalue())
-    found["heard"] = data.heard([15] if rank else [])
-    found["first"] = data.first(lambda: f"process {rank}")
+    found["heard"] = processes.heard([15] if rank else [])
+    found["first"] = processes.first(lambda: f"process {rank}")
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -161,14 +163,14 @@ def test_shares_make_up_the_batch(n):
 DIES = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-import data, {script}
-mean, left = data.average, [{n}]
+import processes, {script}
+mean, left = processes.average, [{n}]
 def average(*given):
     left[0] -= 1
-    if left[0] == 0 and data.share()[0] == {rank} and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if left[0] == 0 and processes.share()[0] == {rank} and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
     return mean(*given)
-data.average = average
+processes.average = average
 {script}.main()
 """
 SHORT = ["--data", "fake", "--stages", "1", "--epochs", "0.4", "--batch-size", "32", "--device", "cpu",

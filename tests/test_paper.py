@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import efficientnet_b0, mobilenet_v2, mobilenet_v3_large, shufflenet_v2_x1_0
 
 import distill
+import flags
 import flops
 import search
 import train
@@ -559,7 +560,7 @@ def test_gpu_hours_of_an_epoch():
 
 def test_settings_of_the_search():
     """100 epochs, then 60 each; batches of 1024; w on 5/6 of the data, alpha on 1/6; lambda 0.5 to 0.05."""
-    paper = search.DEFAULTS["paper"]
+    paper = flags.DEFAULTS["paper"]
     assert tuple(paper["epochs"]) == (100, 60, 60, 60, 60) and paper["batch_size"] == 1024
     assert search.WEIGHTS_A_STEP == 5
     assert [distill.ratio(p) for p in (0, 0.5, 1)] == pytest.approx([0.5, 0.275, 0.05])

@@ -1,0 +1,115 @@
+"""The command line of search.py: its flags, their defaults, and what is refused before any work."""
+import argparse
+import json
+import math
+from pathlib import Path
+
+import data
+import flops
+import processes
+from grow import WIDENINGS
+from space import SPACES
+
+METHODS = {"cst": "curriculum supernet training, the paper's",
+           "direct": "every stage from scratch, without a teacher",
+           "naive": "grown with random new weights, without a teacher",
+           "scaling": "A1.. are A0's network in larger widths and depths, not searched"}
+# The paper's epochs and batch size; our small space takes a hundredth of the epochs. All else is ours.
+DEFAULTS = {"paper": {"epochs": [100, 60, 60, 60, 60], "batch_size": 1024, "lr": 0.4, "alpha_lr": 0.01},
+            "small": {"epochs": [1, 0.6, 0.6, 0.6, 0.6], "batch_size": 32, "lr": 0.1, "alpha_lr": 0.02}}
+
+
+def parser(description=__doc__):
+    """The flags of search.py."""
+    p = one_line(argparse.ArgumentParser(prog="search.py", description=description,
+                                         formatter_class=argparse.RawDescriptionHelpFormatter))
+    g = p.add_argument_group("the curriculum")
+    g.add_argument("--stages", type=int, choices=range(1, 6), default=5, help="how many of A0..A4 (5)")
+    g.add_argument("--space", choices=SPACES, default="small", help="the paper's, or ours for small images (small)")
+    g.add_argument("--method", choices=METHODS, default="cst",
+                   help="; ".join(f"{name}: {words}" for name, words in METHODS.items()) + " (cst)")
+    g.add_argument("--no-grow", dest="grow", action="store_false",
+                   help="ablation (Fig. 6): every stage from scratch, without SuperNet2SuperNet")
+    g.add_argument("--no-distill", dest="distill", action="store_false",
+                   help="ablation (Fig. 6): without the teacher of Eq. 4")
+    g.add_argument("--widen", choices=WIDENINGS[:2], default="eq3", help="how new channels are consumed: by Eq. 3, "
+                   "or not at first, which preserves every old sub-network (eq3)")
+    g.add_argument("--flops-target", nargs="+", type=flops.amount, metavar="F",
+                   help="MACs of each stage's network, as in 0.9M, or off (Table 3; for our space the like)")
+    g.add_argument("--mu", type=number(float, 1e-9), default=1.0,
+                   help="weight of |expected MACs / target - 1| in the architecture's loss (1)")
+    g = p.add_argument_group("data and training", "(defaults in the paper's space; in ours)")
+    g.add_argument("--data", choices=data.NAMES, default="fashion",
+                   help="Fashion-MNIST, which is here; CIFAR, which is downloaded; or patterns to try things with (fashion)")
+    g.add_argument("--epochs", nargs="+", type=number(float, 1e-9), metavar="E", help="of each stage, or one number for all; "
+                   "fractions will do (100 60 60 60 60; 1 0.6 0.6 0.6 0.6)")
+    g.add_argument("--batch-size", type=number(int, 1), metavar="B", help="images a step (1024; 32)")
+    g.add_argument("--lr", type=number(float, 1e-9), help="peak learning rate of the weights' SGD (0.4; 0.1)")
+    g.add_argument("--weight-decay", type=number(float, 0), default=1e-4, help="of the weights (1e-4)")
+    g.add_argument("--alpha-lr", type=number(float, 1e-9), help="learning rate of the architecture's Adam (0.01; 0.02)")
+    g = p.add_argument_group("the run")
+    g.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (the next of runs/001, runs/002, ..)")
+    g.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings")
+    g.add_argument("--dry-run", action="store_true", help="measure a few steps, print what the run would cost, and stop")
+    g.add_argument("--checkpoint-every", type=number(int, 1), default=500, metavar="N",
+                   help="steps between checkpoints within an epoch; a kill loses no more than these (500)")
+    g.add_argument("--seed", type=number(int, 0), default=0, help="the same seed gives the same run (0)")
+    g.add_argument("--device", default="auto", help="cpu, cuda, .. (auto: an accelerator if there is one)")
+    return p
+
+
+def one_line(parser):
+    """Let `parser` end a user's mistake in one line on stderr, with exit status 2, and without its usage."""
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
+    return parser
+
+
+def number(kind, low):
+    """An argparse type: a finite number of that kind (int, float) of at least `low`."""
+    def read(text):
+        value = kind(text)
+        if not low <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {low:g}")
+        return value
+    read.__name__ = "number"                        # what argparse calls it where `kind` fails
+    return read
+
+
+def settings(p, argv):
+    """The checked arguments. A mistake ends in one line and exit status 2."""
+    if begun := processes.recall("out"):                 # before torchrun started its processes anew
+        argv = ["--resume", "--out", begun]
+    args = p.parse_args(argv)
+    if args.resume:
+        if args.out is None or not (args.out / "args.json").is_file():
+            p.error("--resume needs --out with the folder of a run, one that has args.json")
+        try:
+            saved = json.loads((args.out / "args.json").read_text())
+            p.set_defaults(**saved)
+        except (OSError, ValueError, TypeError) as error:
+            p.error(f"--resume: {args.out / 'args.json'} is not what a run writes ({error})")
+        args = p.parse_args(argv)
+        for key, value in saved.items():
+            if key not in ("stages", "device") and getattr(args, key) != value:
+                p.error(f"--{key.replace('_', '-')} is {getattr(args, key)}, but the run in {args.out} has {value}")
+    elif args.out is None:
+        args.out = next(out for out in (Path("runs") / f"{n:03d}" for n in range(1, 10 ** 9)) if not out.exists())
+    elif args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        p.error(f"--out {args.out} holds something already: choose another folder, or add --resume")
+    for key, value in DEFAULTS[args.space].items():
+        setattr(args, key, getattr(args, key) or value)
+    args.flops_target = args.flops_target or list(flops.TARGETS[args.space])
+    for key in ("epochs", "flops_target"):
+        values = getattr(args, key)
+        if len(values) == 1:
+            setattr(args, key, values * 5)
+        elif len(values) < args.stages:
+            p.error(f"--{key.replace('_', '-')}: {len(values)} values for {args.stages} stages; give one for each, "
+                    "or one for all")
+    if args.batch_size % processes.share()[1]:
+        p.error(f"--batch-size {args.batch_size} does not divide by the {processes.share()[1]} processes")
+    if args.method == "scaling" and not all(args.flops_target):
+        p.error("--method scaling needs a --flops-target to scale to")
+    if args.method != "cst":
+        args.grow, args.distill, args.widen = args.method == "naive", False, "naive"
+    return args
