@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
+import files
 from budget import bisect, most_likely, viterbi, viterbi_list
 from flops import amount, bounds, costs, expected, macs, params
 from ops import InvertedResidual, add_residual, conv, norm
-from space import CANDIDATES, SPACES, Arch, ArchBlock, round8, write
+from space import CANDIDATES, SPACES, Arch, ArchBlock, round8
 from supernet import CHOICES, SuperNet
 
 RECALIBRATION = 32              # training batches that measure a derived network's batch-norm statistics
@@ -281,7 +282,7 @@ def main(argv=None):
         print(f"{100 * (1 - found[2] / budget):.2f} % under the budget; it costs {lost:.2f} nats of likelihood")
         name = f"{'flops' if args.flops else 'params'}-{budget:.0f}.json"
         path, content = args.out or args.run / name, arch(supernet, found[0]).to_json()
-    write(path, content)
+    files.write(path, content)
     print(f"written: {path}")
 
 

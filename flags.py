@@ -2,6 +2,7 @@
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 
 import data
@@ -17,6 +18,8 @@ METHODS = {"cst": "curriculum supernet training, the paper's",
 # The paper's epochs and batch size; our small space takes a hundredth of the epochs. All else is ours.
 DEFAULTS = {"paper": {"epochs": [100, 60, 60, 60, 60], "batch_size": 1024, "lr": 0.4, "alpha_lr": 0.01},
             "small": {"epochs": [1, 0.6, 0.6, 0.6, 0.6], "batch_size": 32, "lr": 0.1, "alpha_lr": 0.02}}
+
+FREE = ("stages", "device", "checkpoint_every")     # what may change when a run is gone on with
 
 
 def parser(description=__doc__):
@@ -44,6 +47,8 @@ def parser(description=__doc__):
     g.add_argument("--epochs", nargs="+", type=number(float, 1e-9), metavar="E", help="of each stage, or one number for all; "
                    "fractions will do (100 60 60 60 60; 1 0.6 0.6 0.6 0.6)")
     g.add_argument("--batch-size", type=number(int, 1), metavar="B", help="images a step (1024; 32)")
+    g.add_argument("--accumulate", type=number(int, 1), default=1, metavar="N", help="compute a batch in N pieces, for "
+                   "less memory: the same gradient, but for batch norm, which sees a piece at a time (1)")
     g.add_argument("--lr", type=number(float, 1e-9), help="peak learning rate of the weights' SGD (0.4; 0.1)")
     g.add_argument("--weight-decay", type=number(float, 0), default=1e-4, help="of the weights (1e-4)")
     g.add_argument("--alpha-lr", type=number(float, 1e-9), help="learning rate of the architecture's Adam (0.01; 0.02)")
@@ -75,22 +80,51 @@ def number(kind, low):
     return read
 
 
+def kept(args):
+    """The settings that make a run what it is, as args.json and checkpoints keep them."""
+    return {key: value for key, value in vars(args).items() if key not in ("out", "resume", "dry_run")}
+
+
+def begun(saved):
+    """The settings of a run, as its args.json has them, as a command line. ValueError if it would be refused."""
+    def refuse(message):
+        raise ValueError(message)
+    p, argv = parser(), []
+    p.error = refuse
+    names = set(kept(p.parse_args([])))
+    if not isinstance(saved, dict) or set(saved) != names:
+        raise ValueError(f"{', '.join(sorted(names ^ set(saved)))}: missing or unknown" if isinstance(saved, dict)
+                         else "not a JSON object")
+    for key, value in saved.items():
+        if key in ("grow", "distill"):
+            if not isinstance(value, bool):
+                raise ValueError(f"{key} is {value!r}, not true or false")
+            argv += [] if value else [f"--no-{key}"]
+        else:
+            values = value if isinstance(value, list) else [value]
+            argv += [f"--{key.replace('_', '-')}", *("off" if key == "flops_target" and v == 0 else str(v) for v in values)]
+    p.parse_args(argv)
+    return argv
+
+
 def settings(p, argv):
     """The checked arguments. A mistake ends in one line and exit status 2."""
-    if begun := processes.recall("out"):                 # before torchrun started its processes anew
-        argv = ["--resume", "--out", begun]
+    argv = sys.argv[1:] if argv is None else argv
+    if out := processes.recall("out"):              # before torchrun started its processes anew
+        argv = ["--resume", "--out", out]
     args = p.parse_args(argv)
     if args.resume:
         if args.out is None or not (args.out / "args.json").is_file():
             p.error("--resume needs --out with the folder of a run, one that has args.json")
+        file = args.out / "args.json"
         try:
-            saved = json.loads((args.out / "args.json").read_text())
-            p.set_defaults(**saved)
-        except (OSError, ValueError, TypeError) as error:
-            p.error(f"--resume: {args.out / 'args.json'} is not what a run writes ({error})")
-        args = p.parse_args(argv)
-        for key, value in saved.items():
-            if key not in ("stages", "device") and getattr(args, key) != value:
+            given = begun(json.loads(file.read_text()))
+            before = p.parse_args(given)
+        except (OSError, ValueError, RecursionError) as error:
+            p.error(f"--resume: {file} is not what a run writes ({error})")
+        args = p.parse_args([*given, *argv])
+        for key, value in kept(before).items():
+            if key not in FREE and getattr(args, key) != value:
                 p.error(f"--{key.replace('_', '-')} is {getattr(args, key)}, but the run in {args.out} has {value}")
     elif args.out is None:
         args.out = next(out for out in (Path("runs") / f"{n:03d}" for n in range(1, 10 ** 9)) if not out.exists())
@@ -108,8 +142,11 @@ def settings(p, argv):
                     "or one for all")
     if args.batch_size % processes.share()[1]:
         p.error(f"--batch-size {args.batch_size} does not divide by the {processes.share()[1]} processes")
+    if args.accumulate > args.batch_size // processes.share()[1]:
+        p.error(f"--accumulate {args.accumulate} is more than the {args.batch_size // processes.share()[1]} images that "
+                "a process has of a batch")
     if args.method == "scaling" and not all(args.flops_target):
         p.error("--method scaling needs a --flops-target to scale to")
     if args.method != "cst":
-        args.grow, args.distill, args.widen = args.method == "naive", False, "naive"
+        args.grow, args.distill = args.method == "naive", False
     return args

@@ -5,14 +5,13 @@ one process, and nothing here does anything.
 """
 import contextlib
 import datetime
-import io
 import os
 import sys
 
 import torch
 import torch.distributed as dist
 
-from space import write
+import files
 
 
 @contextlib.contextmanager
@@ -72,11 +71,7 @@ def save(path, content):
     """Write a text, or a dict as a checkpoint that loads with weights_only=True. The first process does."""
     if share()[0]:
         return
-    if isinstance(content, dict):
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        content = buffer.getvalue()
-    write(path, content)
+    files.write(path, files.pack(content) if isinstance(content, dict) else content)
 
 
 def average(parameters, *values):

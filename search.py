@@ -7,7 +7,6 @@
 """
 import argparse
 import contextlib
-import io
 import json
 import math
 import os
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 import data
 import distill
+import files
 import flags
 import flops
 import plot
@@ -36,23 +36,25 @@ from supernet import SuperNet, require_grad, step_sampled, temperature
 WEIGHTS_A_STEP = 5              # the parts are 5/6 and 1/6: five weight steps, then one of the architecture
 HISTORY = 200                   # steps between the architecture probabilities that the log keeps
 WEIGHTS, ALPHAS, PATHS, GROWTH = range(4)   # what is drawn: with seed, stage and step it seeds a generator
+MOST_SKIPPED = 5                # batches of a stage whose numbers may go bad before the run gives up
+VERSION = 1                     # of last.pt
 
 
 def search(args, images, out, device, caught):
     """Fig. 2. Writes all that a run leaves into the folder `out`, and returns the summary, a row a stage.
 
     caught: a list that signals join; when it is no longer empty, the step ends, is saved, and SystemExit
-    raised.
+    raised. ValueError if last.pt, which args.resume goes on from, is not this run's or not whole.
     """
     parts = data.split(images.labels, args.seed)                    # 5/6 for the weights, 1/6 for alpha
     loader = data.Loader(images, data.statistics(images, parts[0]), args.batch_size, device)
     shape = {"in_channels": images.pixels.shape[1], "classes": images.classes}
     supernet = teacher = None
-    run = {"stage": 0, "step": 0, "seconds": 0.0, "means": {}, "alphas": [], "log": [], "summary": []}
+    run = {"stage": 0, "step": 0, "seconds": 0.0, "means": {}, "alphas": [], "skipped": [], "log": [], "summary": []}
     last = out / "last.pt"
-    resumed = processes.first(lambda: args.resume and last.exists() and last.read_bytes())
+    resumed = args.resume and processes.first(last.exists)
     if resumed:
-        run = torch.load(io.BytesIO(resumed), map_location=device, weights_only=True)
+        run = recall(last, args, device)
     for stage in range(run["stage"], args.stages):
         clock = time.perf_counter()
         meter = flops.meter(device) if processes.share()[1] == 1 else None       # it sees one device only
@@ -66,31 +68,28 @@ def search(args, images, out, device, caught):
         if resumed or supernet is None or not args.grow:
             supernet = SuperNet(space, **shape, generator=generator).to(device)
         else:
-            old, supernet = supernet, grow(supernet, space, generator, args.widen)
+            old, supernet = supernet, grow(supernet, space, generator, "naive" if args.method == "naive" else args.widen)
             moved = movement(old, supernet, loader.batch(parts[1][:8])[0])
             print(f"A{stage}: {describe(old, supernet)}; "
                   f"the largest network's logits moved by {moved:.1e} of their size", flush=True)
         sgd, adam = optimisers(supernet, args)
         if resumed:
-            supernet.load_state_dict(run["supernet"])
-            sgd.load_state_dict(run["sgd"])
-            adam.load_state_dict(run["adam"])
             if run["teacher"]:
                 teacher = Network(Arch.from_json(run["teacher_arch"])).to(device).requires_grad_(False).eval()
                 teacher.load_state_dict(run["teacher"])
+            restore(run, supernet, sgd, adam)
             resumed = False
+        else:
+            keep(last, run, args, stage, supernet, sgd, adam, teacher)
 
-        for row in train_stage(supernet, teacher, sgd, adam, loader, parts, args, run, caught):
+        for row in train_surely(supernet, teacher, sgd, adam, loader, parts, args, run, caught, last):
             clock, run["seconds"] = time.perf_counter(), run["seconds"] + time.perf_counter() - clock
             if meter:
                 meter()                             # now and then, before its counter wraps around
             if row is not None:
                 run["log"].append(row | {"seconds": run["seconds"]})
             processes.save(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in run["log"]))
-            processes.save(last, run | {
-                "stage": stage, "supernet": supernet.state_dict(), "sgd": sgd.state_dict(),
-                "adam": adam.state_dict(), "teacher": teacher and teacher.state_dict(),
-                "teacher_arch": teacher and teacher.arch.to_json()})
+            keep(last, run, args, stage, supernet, sgd, adam, teacher)
             if stopped := processes.heard(caught):
                 print(f"stopped in A{stage}, after step {run['step']}; go on with: "
                       f"python search.py --resume --out {out}", flush=True)
@@ -105,6 +104,32 @@ def search(args, images, out, device, caught):
     return run["summary"]
 
 
+def keep(last, run, args, stage, supernet, sgd, adam, teacher):
+    """Write the checkpoint `last`: all that a run needs to go on from here, to the last bit."""
+    processes.save(last, run | {
+        "version": VERSION, "settings": flags.kept(args), "stage": stage, "supernet": supernet.state_dict(),
+        "sgd": sgd.state_dict(), "adam": adam.state_dict(), "teacher": teacher and teacher.state_dict(),
+        "teacher_arch": teacher and teacher.arch.to_json()})
+
+
+def recall(last, args, device):
+    """What `keep` wrote. ValueError, with what is wrong, unless it is whole, and this version's and run's."""
+    run = files.unpack(processes.first(last.read_bytes), last, device)
+    if run.get("version") != VERSION:
+        raise ValueError(f"{last} is of version {run.get('version')}, this is version {VERSION}: start anew")
+    for key, value in flags.kept(args).items():
+        if key not in flags.FREE and run["settings"].get(key) != value:
+            raise ValueError(f"{last} is of another run: its {key} is {run['settings'].get(key)}, "
+                             f"but args.json has {value}")
+    return run
+
+
+def restore(run, supernet, sgd, adam):
+    supernet.load_state_dict(run["supernet"])
+    sgd.load_state_dict(run["sgd"])
+    adam.load_state_dict(run["adam"])
+
+
 def conclude(run, out, stage, arch, right, seconds, device, meter):
     """Write a stage's network and its row of the summary, and make `run` ready for the next stage."""
     seconds += run["seconds"]
@@ -117,13 +142,35 @@ def conclude(run, out, stage, arch, right, seconds, device, meter):
     says = "" if right is None else (f", and {100 * right:.1f} % of the architecture part right with the "
                                      "supernet's weights")
     print(f"A{stage}: a network of {flops.macs(arch) / 1e6:.2f} M MACs{says}", flush=True)
-    run.update(step=0, seconds=0.0)
+    run.update(step=0, seconds=0.0, skipped=[])
+
+
+def train_surely(supernet, teacher, sgd, adam, loader, parts, args, run, caught, last):
+    """`train_stage`, which after a step whose numbers went bad goes back to the checkpoint `last`, and skips it.
+
+    SystemExit after `MOST_SKIPPED` such steps in a stage.
+    """
+    while True:
+        try:
+            return (yield from train_stage(supernet, teacher, sgd, adam, loader, parts, args, run, caught))
+        except FloatingPointError as error:
+            stage, skipped = supernet.space.stage, [*run["skipped"], error.args[0]]
+        if len(skipped) > MOST_SKIPPED:
+            raise SystemExit(f"search.py: loss or gradients of A{stage} are not finite in {len(skipped)} steps "
+                             f"({', '.join(map(str, skipped))}), so the run gives up; try a lower --lr")
+        run.clear()
+        run.update(recall(last, args, loader.device), skipped=skipped)
+        restore(run, supernet, sgd, adam)
+        print(f"A{stage}: loss or gradients of step {skipped[-1]} are not finite; back to step {run['step']}, "
+              "that batch is skipped", flush=True)
 
 
 def train_stage(supernet, teacher, sgd, adam, loader, parts, args, run, caught):
     """Train w and alpha by turns, each on its part of the data, from step run["step"] to the stage's end.
 
     A generator. Wherever the run can be saved it yields: after an epoch its row for the log, else None.
+    FloatingPointError, with the step, before what is not finite reaches a parameter. Of the steps in
+    run["skipped"] the batches are left out.
     """
     stage, weights, alphas = supernet.space.stage, supernet.weights(), supernet.alphas()
     table, target = space_costs(supernet), args.flops_target[stage]
@@ -144,24 +191,27 @@ def train_stage(supernet, teacher, sgd, adam, loader, parts, args, run, caught):
                 sgd.param_groups[0]["lr"] = learning_rate(args.lr, step, steps)
                 generator = data.generator(args.seed, stage, PATHS, step)
 
-                loss, right = two_paths(supernet, teacher, *next(weight_batches), tau, lam, generator)
-                sgd.zero_grad()                     # to None: SGD does not touch what was not sampled
-                loss.backward()
-                loss, right = processes.average(weights, loss, right)        # and gradients, over all processes
-                sgd.step()
-                add(run["means"], loss=loss, accuracy=right)
+                batch, skip = next(weight_batches), step in run["skipped"]
+                if not skip:
+                    sgd.zero_grad()                 # to None: SGD does not touch what was not sampled
+                    found = gradients(supernet, teacher, batch, args.accumulate, tau, lam, generator)
+                    loss, right = checked(step, weights, found)
+                    sgd.step()
+                    add(run["means"], loss=loss, accuracy=right)
 
                 if step % WEIGHTS_A_STEP == WEIGHTS_A_STEP - 1:
-                    require_grad(weights, False)    # no gradient of a frozen parameter is computed
-                    require_grad(alphas, True)
-                    loss, right = two_paths(supernet, teacher, *next(alpha_batches), tau, lam, generator)
-                    price = args.mu * (expected_macs(supernet, table) / target - 1).abs() if target else 0
-                    (loss + price).backward()
-                    loss, right = processes.average(alphas, loss, right)
-                    step_sampled(adam, alphas)
-                    require_grad(alphas, False)
-                    require_grad(weights, True)
-                    add(run["means"], alpha_loss=loss, alpha_accuracy=right)
+                    batch = next(alpha_batches)
+                    if not skip:
+                        require_grad(weights, False)    # no gradient of a frozen parameter is computed
+                        require_grad(alphas, True)
+                        found = gradients(supernet, teacher, batch, args.accumulate, tau, lam, generator)
+                        if target:
+                            (args.mu * (expected_macs(supernet, table) / target - 1).abs()).backward()
+                        loss, right = checked(step, alphas, found)
+                        step_sampled(adam, alphas)
+                        require_grad(alphas, False)
+                        require_grad(weights, True)
+                        add(run["means"], alpha_loss=loss, alpha_accuracy=right)
 
                 run["step"] = step + 1
                 bar.update()
@@ -193,7 +243,7 @@ def dry_run(args, images, device):
         sgd, adam = optimisers(supernet, args)
         ten = {**vars(args), "epochs": [10 * args.batch_size / len(parts[0])] * 5, "checkpoint_every": 5}
         training = train_stage(supernet, teacher, sgd, adam, loader, parts, argparse.Namespace(**ten),
-                               {"step": 0, "means": {}, "alphas": []}, [])
+                               {"step": 0, "means": {}, "alphas": [], "skipped": []}, [])
         next(training)                              # five steps to warm up, and five to measure
         clock = time.perf_counter()
         next(training)
@@ -221,6 +271,33 @@ def schedule(args, stage, parts):
     return epoch_length, max(1, round(args.epochs[stage] * epoch_length))
 
 
+def gradients(supernet, teacher, batch, pieces, tau, lam, generator):
+    """Add the gradients of the mean loss of a batch, (x, y), to the parameters' .grad, in so many pieces.
+
+    All pieces go the same two paths. Returns what `two_paths` does, for the whole batch: (2,).
+    """
+    (x, y), state, total = batch, generator.get_state(), 0
+    for part_x, part_y in zip(x.chunk(pieces), y.chunk(pieces)):
+        generator.set_state(state)
+        loss, right = two_paths(supernet, teacher, part_x, part_y, tau, lam, generator)
+        share = len(part_y) / len(y)
+        (share * loss).backward()
+        total = total + share * torch.stack((loss.detach(), right))
+    return total
+
+
+def checked(step, parameters, found):
+    """The means over all processes of `found`, (loss, share right), and of the gradients, which become these.
+
+    FloatingPointError if the loss or a gradient is not finite.
+    """
+    loss, right = processes.average(parameters, *found)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if not torch.isfinite(loss + norm):             # the one number that is read from the device in every step
+        raise FloatingPointError(step)
+    return loss, right
+
+
 def two_paths(supernet, teacher, x, y, tau, lam, generator):
     """Eq. 4 for two sampled paths, on x (B, C, H, W) and y (B,): (loss, share of x named right)."""
     soft = None
@@ -229,6 +306,29 @@ def two_paths(supernet, teacher, x, y, tau, lam, generator):
             soft = teacher(x)                                                   # (B, classes)
     logits = supernet(x, supernet.sample(tau, generator))                       # (B, classes)
     return distill.loss(logits, soft, y, lam), (logits.detach().argmax(1) == y).float().mean()
+
+
+def hold(p, out, stack):
+    """Make the folder `out`, and let no other run write into it until `stack` ends. If one does: p.error."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(files.lock(out))
+    except BlockingIOError:
+        p.error(f"--out {out} is in use by another run: wait for its end, or choose another folder")
+    except OSError as error:
+        p.error(f"--out {out}: {error.strerror}")
+
+
+@contextlib.contextmanager
+def explained(p, out):
+    """What a file does to a run in here ends in one line: broken, or not the run's, or a full disk."""
+    try:
+        yield
+    except ValueError as error:
+        p.error(error)
+    except OSError as error:
+        raise SystemExit(f"{p.prog}: {error.filename}: {error.strerror}; what was written before is whole, and "
+                         f"--resume --out {out} goes on with it") from None
 
 
 def learning_rate(peak, step, steps, warmup=0.05):
@@ -282,16 +382,15 @@ def main(argv=None):
                             "of the architecture part")
     if args.dry_run:
         return print(dry_run(args, images, device))
-    args.out.mkdir(parents=True, exist_ok=True)
-    kept = {key: value for key, value in vars(args).items() if key not in ("out", "resume", "dry_run")}
-    processes.save(args.out / "args.json", json.dumps(kept, indent=1) + "\n")
-    processes.note("out", str(args.out))
-    print(f"{args.method} on {args.data}, seed {args.seed}, into {args.out}", flush=True)
-    with signals() as caught:
+    with contextlib.ExitStack() as stack, signals() as caught, explained(p, args.out):
+        processes.first(hold, p, args.out, stack)
+        processes.save(args.out / "args.json", json.dumps(flags.kept(args), indent=1) + "\n")
+        processes.note("out", str(args.out))
+        print(f"{args.method} on {args.data}, seed {args.seed}, into {args.out}", flush=True)
         summary = search(args, images, args.out, device, caught)
-    print(plot.table(summary))
-    if processes.share()[0] == 0:
-        plot.curve([args.out], args.out / "curve.png")
+        print(plot.table(summary))
+        if processes.share()[0] == 0:
+            plot.curve([args.out], args.out / "curve.png")
     print(f"curve: {args.out / 'curve.png'}; train the networks: python train.py {args.out}")
 
 

@@ -7,8 +7,6 @@ from. An `Arch` is one network: a chain of choices that were made.
 import itertools
 import json
 import math
-import os
-from pathlib import Path
 from typing import NamedTuple
 
 # Table 2: kernel, squeeze-excite, activation.
@@ -309,14 +307,3 @@ def _keys(found, names, where, optional=frozenset()):
 def _whole(value, least, what):
     _need(isinstance(value, int) and not isinstance(value, bool) and value >= least,
           f"{what} is {value!r}, not a whole number of at least {least}")
-
-
-def write(path, content):
-    """Write text or bytes to `path` whole or not at all: to a temporary file, which then takes its name."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

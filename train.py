@@ -10,7 +10,6 @@ weights. The network of the last epoch counts: the test images choose nothing.
 """
 import argparse
 import importlib.util
-import io
 import json
 import os
 import sys
@@ -27,6 +26,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import data
+import files
 import flops
 import plot
 import processes
@@ -56,9 +56,8 @@ def train(network, loader, index, tester, test_index, args, name, stage, checkpo
                           args.lr, momentum=0.9, nesterov=True)
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
     rows, epoch_length = [], len(index) // args.batch_size
-    saved = processes.first(lambda: args.resume and checkpoint.exists() and checkpoint.read_bytes())
-    if saved:
-        saved = torch.load(io.BytesIO(saved), map_location=loader.device, weights_only=True)
+    if args.resume and processes.first(checkpoint.exists):
+        saved = files.unpack(processes.first(checkpoint.read_bytes), checkpoint, loader.device)
         network.load_state_dict(saved["network"])
         average.load_state_dict(saved["average"])
         sgd.load_state_dict(saved["sgd"])

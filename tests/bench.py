@@ -200,7 +200,7 @@ def outside(loader, parts):
     net.forward, sgd.step, adam.step = watched(net.forward), watched(sgd.step), watched(adam.step)
     backward, torch.Tensor.backward = torch.Tensor.backward, watched(torch.Tensor.backward)
     clock = time.perf_counter()
-    run = {"step": 0, "means": {}, "alphas": []}
+    run = {"step": 0, "means": {}, "alphas": [], "skipped": []}
     for _ in search.train_stage(net, None, sgd, adam, loader, parts, args, run, []):
         pass
     whole = time.perf_counter() - clock

@@ -38,14 +38,14 @@ def stage(space=0, taught=False, lr=0.1, steps=STEPS):
     parts = data.split(images.labels, 0)
     loader = data.Loader(images, data.statistics(images, parts[0]), BATCH)
     args = argparse.Namespace(batch_size=BATCH, epochs=[steps * BATCH / len(parts[0])] * 5, lr=lr, mu=1.0,
-                              alpha_lr=0.02, weight_decay=1e-4, seed=0, checkpoint_every=1,
+                              alpha_lr=0.02, accumulate=1, weight_decay=1e-4, seed=0, checkpoint_every=1,
                               flops_target=[1e6] * 5)
     net = search.SuperNet(search.SPACES["small"][space], 1, 10, data.generator(0))
     teacher = None
     if taught:
         teacher = Network(derive(search.SuperNet(search.SPACES["small"][0], 1, 10, data.generator(1)))).eval()
         initialise(teacher, data.generator(2))
-    run = {"step": 0, "means": {}, "alphas": []}
+    run = {"step": 0, "means": {}, "alphas": [], "skipped": []}
     return net, search.train_stage(net, teacher, *search.optimisers(net, args), loader, parts, args, run, [])
 
 

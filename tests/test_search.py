@@ -2,13 +2,22 @@
 
 The oracle is a second run: with the same seed, with another, undisturbed beside interrupted.
 """
+import io
 import json
+import multiprocessing
+import random
+import resource
+import shutil
+import time
 
 import pytest
 import torch
 
 import data
+import files
+import ops as search_ops
 import search
+import supernet as supernet_module
 
 SHORT = ["--data", "fake", "--epochs", "0.4", "--batch-size", "32", "--checkpoint-every", "5", "--device", "cpu"]
 
@@ -33,13 +42,14 @@ def contents(out):
 def same(one, other):
     """Whether two runs agree to the last bit, weights and alphas included."""
     weights = [key for key in one if key.startswith("weights")]
-    return (all(one[key] == other[key] for key in one if key not in weights)
+    return (all(one[key] == other[key] for key in one if key not in (*weights, "out"))
             and all(torch.equal(one[key][name], other[key][name]) for key in weights for name in one[key]))
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("undisturbed") / "run")
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    return run(out) | {"out": out}
 
 
 def test_the_same_seed_gives_the_same_run(undisturbed, tmp_path):
@@ -162,3 +172,130 @@ def test_resume_refuses_settings_that_are_not_the_runs(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         search.main(["--resume", "--out", str(tmp_path / "run"), "--seed", "3"])
     assert stopped.value.code == 2 and "--seed is 3" in capsys.readouterr().err
+
+
+def test_pieces_of_a_batch_give_the_gradient_of_the_whole(monkeypatch):
+    for module in (search_ops, supernet_module):                   # batch norm alone ties the images together
+        monkeypatch.setattr(module, "norm", lambda x, layer: x)
+    x, y = torch.rand(12, 1, 28, 28, generator=data.generator(1)), torch.arange(12) % 10
+    found = []
+    for pieces in (1, 3, 5):
+        net = search.SuperNet(search.SPACES["small"][0], 1, 10, data.generator(0))
+        means = search.gradients(net, None, (x, y), pieces, 1.0, 0.0, data.generator(2))
+        found.append([means, *(p.grad for p in net.parameters() if p.grad is not None)])
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("times", [1, 6])
+def test_bad_numbers_never_reach_a_weight(tmp_path, times, monkeypatch, capsys):
+    two_paths, calls = search.two_paths, []
+
+    def sometimes(net, *args):
+        loss, right = two_paths(net, *args)
+        assert all(torch.isfinite(p).all() for p in net.parameters())
+        if net.space.stage == 1:
+            calls.append(1)
+            if 9 <= len(calls) < 9 + times:                        # in the steps 7, 7, 8, ..
+                return loss * float("nan"), right
+        return loss, right
+    monkeypatch.setattr(search, "two_paths", sometimes)
+    if times == 1:
+        found = run(tmp_path / "run")
+        said = capsys.readouterr().out
+        assert "A1: loss or gradients of step 7 are not finite; back to step 5, that batch is skipped" in said
+        assert all(torch.isfinite(w).all() for key in ("weights 0", "weights 1") for w in found[key].values())
+        return
+    monkeypatch.setattr(search, "MOST_SKIPPED", 2)
+    with pytest.raises(SystemExit, match="not finite in 3 steps .* gives up"):
+        run(tmp_path / "run")
+    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert saved["stage"] == 1 and all(torch.isfinite(w).all() for w in saved["supernet"].values())
+
+
+def test_an_undefined_gradient_is_noticed_too():
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.tensor([1.0, float("inf"), 0.0])
+    with pytest.raises(FloatingPointError):
+        search.checked(4, [p], torch.tensor([1.0, 0.5]))
+    p.grad = torch.ones(3)
+    assert [float(v) for v in search.checked(4, [p], torch.tensor([1.0, 0.5]))] == [1.0, 0.5]
+
+
+def damaged(raw):
+    return raw[:500] + bytes(b ^ 255 for b in raw[500:600]) + raw[600:]
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda raw: raw[:len(raw) // 2], "cut short"),
+    (damaged, "damaged"),
+    (lambda raw: b"", "cut short"),
+    (lambda raw: files.pack({**torch.load(io.BytesIO(raw), weights_only=True), "version": 0}), "version 0"),
+    (lambda raw: files.pack({"version": search.VERSION, "settings": {"seed": 9}}), "another run"),
+])
+def test_a_broken_checkpoint_is_refused_in_one_line(undisturbed, tmp_path, change, says, capsys):
+    shutil.copytree(undisturbed["out"], tmp_path / "run")
+    last = tmp_path / "run" / "last.pt"
+    last.write_bytes(change(last.read_bytes()))
+    before = {path.name: path.read_bytes() for path in last.parent.iterdir()}
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        search.main(["--resume", "--out", str(last.parent)])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and says in error and "last.pt" in error
+    assert before == {path.name: path.read_bytes() for path in last.parent.iterdir()}
+
+
+@pytest.mark.parametrize("change", [{"seed": "x"}, {"epochs": []}, {"epochs": [0]}, {"grow": 1}, {"data": 3},
+                                    {"colour": "red"}, {"lr": [1, 2]}, {"flops_target": "many"}, {"method": None}])
+def test_settings_of_a_run_are_checked_like_flags(undisturbed, tmp_path, change, capsys):
+    shutil.copytree(undisturbed["out"], tmp_path / "run")
+    file = tmp_path / "run" / "args.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(SystemExit) as stopped:
+        search.main(["--resume", "--out", str(file.parent)])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and "args.json" in error
+
+
+def test_a_full_disk_ends_in_one_line_and_the_run_goes_on(undisturbed, tmp_path, capsys):
+    usual, limit = resource.getrlimit(resource.RLIMIT_FSIZE), (undisturbed["out"] / "last.pt").stat().st_size - 1
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, usual[1]))           # enough for A0, not for A1
+    try:
+        with pytest.raises(SystemExit, match=r"last\.pt: File too large; .* --resume"):
+            run(tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert (saved["stage"], saved["step"]) == (1, 0)                       # whole, though its end is near
+    search.main(["--resume", "--out", str(tmp_path / "run")])
+    assert same(undisturbed, contents(tmp_path / "run"))
+
+
+KILLS = pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+
+
+@KILLS
+def test_sigkill_at_random_moments_changes_nothing(undisturbed, tmp_path, kills):
+    """A chain of real processes: each is killed at a random moment after its work began, the next goes on."""
+    context = multiprocessing.get_context("forkserver")                # imports torch once, not 20 times
+    context.set_forkserver_preload(["search"])
+    g, out, left = random.Random(kills), tmp_path / "run", kills
+    flags = [*SHORT, "--stages", "2", "--out", str(out)]
+    while True:
+        process = context.Process(target=search.main, args=(flags,))
+        process.start()
+        while process.is_alive() and not (out / "args.json").exists():
+            time.sleep(0.01)
+        process.join(g.uniform(0, 2.5) if left else None)
+        if process.exitcode is not None:
+            break
+        process.kill()
+        process.join()
+        left -= 1
+        flags = ["--resume", "--out", str(out)]
+    assert process.exitcode == 0
+    for name in ("log.jsonl", "summary.json", "args.json"):
+        assert (out / name).read_text().endswith("\n")
+    assert same(undisturbed, contents(out)) and left < kills

@@ -10,7 +10,9 @@ import pytest
 from oracles import TINY, chosen, near8, pixels, random_options, seeded
 
 import space
-from space import PAPER, SMALL, SPACES, Arch, ArchBlock, check_growth, options, read, round8, write
+import files
+from files import write
+from space import PAPER, SMALL, SPACES, Arch, ArchBlock, check_growth, options, read, round8
 
 STAGES = [(name, stage) for name in SPACES for stage in range(5)]
 
@@ -232,7 +234,7 @@ def test_a_write_cut_short_leaves_the_old_file_whole(tmp_path, monkeypatch):
 
     def fail(*_):
         raise OSError("no space left on device")
-    monkeypatch.setattr(space.os, "fsync", fail)
+    monkeypatch.setattr(files.os, "fsync", fail)
     with pytest.raises(OSError, match="no space"):
         write(path, b"new" * 1000)
     assert path.read_bytes() == b"old"

@@ -1,0 +1,75 @@
+"""Files that are whole or absent, and checked when they are read; and one run a folder.
+
+A checkpoint is a dict that `torch.load` opens with weights_only=True. It is a zip archive, whose checksums
+PyTorch writes but does not look at: `load` does.
+"""
+import contextlib
+import fcntl
+import io
+import os
+import pickle
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+import torch
+
+# There is no end to what foreign bytes do to those who read them.
+BROKEN = (ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError, OSError,
+          RuntimeError, TypeError, ValueError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile, zlib.error)
+
+
+def write(path, content):
+    """Write text or bytes to `path` whole or not at all: to a temporary file, which then takes its name.
+
+    OSError, with the file's name, if that cannot be done: a full disk, say. What was there before stays.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def pack(checkpoint):
+    """A checkpoint, a dict, as bytes."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    return buffer.getvalue()
+
+
+def unpack(raw, path, device="cpu"):
+    """The dict that `pack` made the bytes `raw` of, read from `path`. ValueError, naming it, if they are not whole."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+            broken = archive.testzip()
+        found = torch.load(io.BytesIO(raw), map_location=device, weights_only=True)
+    except BROKEN as error:
+        why = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
+        raise ValueError(f"{path} is cut short, damaged or no checkpoint ({why})") from None
+    if broken or not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged or no checkpoint" + (f" (the checksum of {broken})" if broken else ""))
+    return found
+
+
+def load(path, device="cpu"):
+    """The checkpoint in a file, a dict. ValueError if it is not whole, OSError if it cannot be read."""
+    return unpack(Path(path).read_bytes(), path, device)
+
+
+@contextlib.contextmanager
+def lock(folder):
+    """Hold `folder` in here, or until this process dies. BlockingIOError if another one holds it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)

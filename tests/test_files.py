@@ -1,0 +1,95 @@
+"""Files: whole or absent; a checkpoint that was cut, changed or is another's is refused; one run a folder.
+
+The oracles: the bytes that were there, and a second process.
+"""
+import os
+import random
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import files
+
+CHECKPOINT = {"step": 3, "weights": {"a": torch.arange(300.0), "b": torch.ones(2, 3)}, "log": [{"loss": 1.5}]}
+
+
+def equal(one, other):
+    return (one["step"], one["log"]) == (other["step"], other["log"]) and all(
+        torch.equal(one["weights"][name], other["weights"][name]) for name in "ab")
+
+
+def test_a_checkpoint_comes_back(tmp_path):
+    files.write(tmp_path / "last.pt", files.pack(CHECKPOINT))
+    assert equal(files.load(tmp_path / "last.pt"), CHECKPOINT)
+    assert equal(torch.load(tmp_path / "last.pt", weights_only=True), CHECKPOINT)
+
+
+def test_a_thousand_mutations_are_refused_or_change_nothing():
+    raw, g, refused = files.pack(CHECKPOINT), random.Random(0), 0
+    for _ in range(1000):
+        broken = bytearray(raw)
+        kind = g.randrange(3)
+        if kind == 0:                                                    # cut short
+            del broken[g.randrange(len(raw)):]
+        elif kind == 1:                                                  # flipped bytes
+            for _ in range(g.choice((1, 1, 5))):
+                broken[g.randrange(len(raw))] ^= g.randrange(1, 256)
+        else:                                                            # a stretch overwritten
+            start = g.randrange(len(raw))
+            stretch = g.randbytes(g.randrange(1, 200))
+            broken[start:start + len(stretch)] = stretch
+        try:
+            assert equal(files.unpack(bytes(broken), "last.pt"), CHECKPOINT)
+        except ValueError as error:
+            assert str(error).startswith("last.pt ") and "\n" not in str(error)
+            refused += 1
+    assert refused > 700                                                 # the rest hit names, dates and padding
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    for raw in (b"", b"PK", b"[1, 2]", files.pack([1, 2])):
+        with pytest.raises(ValueError, match=r"^x\.pt is "):
+            files.unpack(raw, "x.pt")
+    with pytest.raises(FileNotFoundError):
+        files.load(tmp_path / "none.pt")
+
+
+def test_no_code_in_a_checkpoint_is_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "touched",))
+    with pytest.raises(ValueError):
+        files.unpack(files.pack({"weights": Evil()}), "x.pt")
+    assert not (tmp_path / "touched").exists()
+
+
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "last.pt"
+    files.write(path, b"old" * 1000)
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, usual[1]))
+    try:
+        with pytest.raises(OSError, match=r"last\.pt"):
+            files.write(path, b"new" * 10_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert path.read_bytes() == b"old" * 1000 and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_held_by_one_and_freed_by_its_death(tmp_path):
+    code = f"import files, time, pathlib\nwith files.lock({str(tmp_path)!r}):\n print('held', flush=True)\n time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
+                             cwd=Path(__file__).parent.parent)
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(BlockingIOError), files.lock(tmp_path):
+        pass
+    other.kill()
+    other.wait()
+    for _ in range(2):                                                   # and by its end
+        with files.lock(tmp_path):
+            pass
+    assert not os.listdir(tmp_path)
