@@ -125,7 +125,7 @@ def find(root, part, seed, count=None):
         files = [os.path.join(inner, file) for file in files]
         others += more
         if not val:
-            test = set(draw(len(files), max(1, len(files) // 6), f"{seed} {name}"))
+            test = set(draw(len(files), max(1, len(files) // 6), f"{seed} {name}".encode(errors="surrogateescape")))
             held = [file for i, file in enumerate(files) if i in test]
             files = held if part == "test" else [file for i, file in enumerate(files) if i not in test]
             held_out += held
@@ -195,7 +195,7 @@ def load(root, part, seed, resolution, classes=None, count=None, skip_broken=Fal
     elif broken and not skip_broken:
         raise ValueError(f"{next(iter(broken.values()))}; --skip-broken leaves out what is broken")
     for what in broken.values():
-        print(f"left out: {what}")
+        print(f"left out: {what}".encode(errors="backslashreplace").decode())
     kept = [i for i, name in enumerate(names) if name not in broken]
     labels = torch.tensor(labels)[kept]
     if part == "train" and (few := (torch.bincount(labels, minlength=len(class_names)) < 2).nonzero()).numel():
@@ -219,7 +219,8 @@ def record(p, images, out, parts=None):
         if processes.first(read, out / "split.json") not in ({}, notes["split.json"]):
             processes.first(p.error, f"--data {images.root} is not what it was when the run began "
                                      f"({out / 'split.json'})")
-        processes.save(out / "classes.txt", "".join(name + "\n" for name in images.class_names))
+        classes = "".join(name + "\n" for name in images.class_names)
+        processes.save(out / "classes.txt", classes.encode(errors="surrogateescape"))
     for name, content in notes.items():
         processes.save(out / name, json.dumps(content, indent=1) + "\n")
 
