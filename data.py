@@ -1,4 +1,7 @@
-"""Images in, batches out: Fashion-MNIST as one tensor, and the 5/6-1/6 split (Experiments)."""
+"""Images in memory: Fashion-MNIST as one tensor, its batches, and the 5/6-1/6 split (Experiments).
+
+folder.py does the same for image files on a disk: `Images` and its `Folder` look alike to those who use them.
+"""
 import gzip
 import math
 import zlib
@@ -20,6 +23,23 @@ class Images(NamedTuple):
     pixels: torch.Tensor                                  # (N, C, H, W) uint8
     labels: torch.Tensor                                  # (N,) long
     classes: int
+
+    @property
+    def channels(self):
+        return self.pixels.shape[1]
+
+    @property
+    def resolution(self):
+        return self.pixels.shape[-1]
+
+    def statistics(self, index):
+        """(mean, standard deviation) of the pixels in [0, 1] of the images at `index`, a channel: (1, C, 1, 1) each."""
+        pixels = self.pixels[index].double() / 255
+        return (pixels.mean((0, 2, 3), keepdim=True).float(), pixels.std((0, 2, 3), keepdim=True).float())
+
+    def loader(self, stats, batch_size, device="cpu"):
+        """Their `Loader`, normalised by `stats`."""
+        return Loader(self, stats, batch_size, device)
 
 
 def generator(*position):
@@ -105,18 +125,18 @@ def split(labels, seed):
     return tuple(torch.cat(part).sort().values for part in parts)
 
 
-def statistics(images, index):
-    """(mean, standard deviation) of the pixels in [0, 1] of the images at `index`, a channel: (1, C, 1, 1) each."""
-    pixels = images.pixels[index].double() / 255
-    return (pixels.mean((0, 2, 3), keepdim=True).float(), pixels.std((0, 2, 3), keepdim=True).float())
+def order(index, batch_size, *position, start=0):
+    """Endless training batches from number `start` on, as (which of `index` (batch_size,), generator) pairs.
 
-
-def load_data(p, name, part):
-    """`load`; what is missing or broken ends in p.error."""
-    try:
-        return load(name, part)
-    except (OSError, EOFError, ValueError) as error:
-        p.error(f"--data {name}: {error}")
+    Batch n and its generator are a function of `position` and n alone. Every epoch has another order; the
+    images that do not fill a batch at its end are left out of it.
+    """
+    epoch_length = len(index) // batch_size
+    for epoch in range(start // epoch_length, 10 ** 9):
+        shuffled = index[torch.randperm(len(index), generator=generator(*position, 0, epoch))]
+        for n in range(start % epoch_length, epoch_length):
+            yield shuffled[n * batch_size:(n + 1) * batch_size], generator(*position, 1, epoch, n)
+        start = 0
 
 
 class Loader:
@@ -144,18 +164,9 @@ class Loader:
             yield self.batch(part)
 
     def shuffled(self, index, *position, start=0, share=(0, 1)):
-        """Endless training batches from number `start` on. Batch n is a function of `position` and n alone.
-        share: as in `batch`.
-
-        Every epoch has another order; the images that do not fill a batch at its end are left out of it.
-        """
-        epoch_length = len(index) // self.batch_size
-        for epoch in range(start // epoch_length, 10 ** 9):
-            order = index[torch.randperm(len(index), generator=generator(*position, 0, epoch))]
-            for n in range(start % epoch_length, epoch_length):
-                part = order[n * self.batch_size:(n + 1) * self.batch_size]
-                yield self.batch(part, generator(*position, 1, epoch, n), share)
-            start = 0
+        """Endless training batches from number `start` on, as in `order`; share: as in `batch`."""
+        for part, drawn in order(index, self.batch_size, *position, start=start):
+            yield self.batch(part, drawn, share)
 
 
 def augment(x, generator, share=(0, 1)):

@@ -19,6 +19,7 @@ from torch import nn
 
 import data
 import files
+import flags
 from budget import bisect, most_likely, viterbi, viterbi_list
 from flops import amount, bounds, costs, expected, macs, params
 from ops import InvertedResidual, add_residual, conv, norm
@@ -253,9 +254,9 @@ def main(argv=None):
     if not supernets:
         p.error(f"{args.run} has no A{'0' if args.stage is None else args.stage}.pt: no such stage was finished")
     if args.points or args.refine > 1:
-        images = data.load(settings["data"], "train")
+        images = flags.images(p, argparse.Namespace(**flags.DATA | settings), "train", args.run)
         parts = data.split(images.labels, settings["seed"])
-        loader = data.Loader(images, data.statistics(images, parts[0]), settings["batch_size"])
+        loader = images.loader(images.statistics(parts[0]), settings["batch_size"])
     if args.points:
         ends = [end for supernet in supernets for end in bounds(space_costs(supernet))]
         rows = []

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import data
 import flops
+import folder
 import processes
 from grow import WIDENINGS
 from space import SPACES
@@ -18,8 +19,10 @@ METHODS = {"cst": "curriculum supernet training, the paper's",
 # The paper's epochs and batch size; our small space takes a hundredth of the epochs. All else is ours.
 DEFAULTS = {"paper": {"epochs": [100, 60, 60, 60, 60], "batch_size": 1024, "lr": 0.4, "alpha_lr": 0.01},
             "small": {"epochs": [1, 0.6, 0.6, 0.6, 0.6], "batch_size": 32, "lr": 0.1, "alpha_lr": 0.02}}
+RESOLUTION = {"paper": 224, "small": 32}        # of the images of a folder
+DATA = {"data": "fashion", "classes": None, "resolution": None, "workers": None, "skip_broken": False}
 
-FREE = ("stages", "device", "checkpoint_every")     # what may change when a run is gone on with
+FREE = ("stages", "device", "checkpoint_every", "workers")     # what may change when a run is gone on with
 
 
 def parser(description=__doc__):
@@ -42,8 +45,8 @@ def parser(description=__doc__):
     g.add_argument("--mu", type=number(float, 1e-9), default=1.0,
                    help="weight of |expected MACs / target - 1| in the architecture's loss (1)")
     g = p.add_argument_group("data and training", "(defaults in the paper's space; in ours)")
-    g.add_argument("--data", choices=data.NAMES, default="fashion",
-                   help="Fashion-MNIST, which is here; CIFAR, which is downloaded; or patterns to try things with (fashion)")
+    data_flags(g)
+    p.set_defaults(**DATA)
     g.add_argument("--epochs", nargs="+", type=number(float, 1e-9), metavar="E", help="of each stage, or one number for all; "
                    "fractions will do (100 60 60 60 60; 1 0.6 0.6 0.6 0.6)")
     g.add_argument("--batch-size", type=number(int, 1), metavar="B", help="images a step (1024; 32)")
@@ -61,6 +64,44 @@ def parser(description=__doc__):
     g.add_argument("--seed", type=number(int, 0), default=0, help="the same seed gives the same run (0)")
     g.add_argument("--device", default="auto", help="cpu, cuda, .. (auto: an accelerator if there is one)")
     return p
+
+
+def data_flags(g):
+    """Add the flags that say which images, without defaults, to an argparse group."""
+    g.add_argument("--data", type=data_name, metavar="{" + ",".join(data.NAMES) + ",DIR}",
+                   help="Fashion-MNIST, which is here; CIFAR, which is downloaded; patterns to try things with; or a "
+                   "folder: train/ and val/ of class folders (ImageNet), or class folders alone, of which a sixth is "
+                   "held out to test on (fashion)")
+    g.add_argument("--classes", type=number(int, 2), metavar="N", help="of a folder: N classes, drawn by the seed (all)")
+    g.add_argument("--resolution", type=number(int, 8), metavar="R", help="of a folder: pixels a side (224; 32)")
+    g.add_argument("--workers", type=number(int, 0), metavar="N",
+                   help="of a folder: processes that decode images, 0 for none (as many as cores, up to 8)")
+    g.add_argument("--skip-broken", action="store_true", default=None, help="of a folder: leave out images that cannot "
+                   "be read. All are tried before the start, once a run, and a broken one ends it without this flag")
+
+
+def data_name(text):
+    """An argparse type: the name of a data set, or the absolute path of a folder."""
+    if text not in data.NAMES and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is neither one of {', '.join(data.NAMES)} nor a folder")
+    return text if text in data.NAMES else str(Path(text).resolve())
+
+
+def images(p, args, part, run=None, checked=True):
+    """The `data.Images` or `folder.Folder` that args.data and the like name; part: train or test.
+
+    run, checked: as in `folder.load`. What is missing, broken or does not go together ends in p.error.
+    """
+    try:
+        if args.data in data.NAMES:
+            for key in ("classes", "resolution"):
+                if getattr(args, key):
+                    processes.first(p.error, f"--{key} is for a folder of images, and --data {args.data} is none")
+            return processes.in_turn(data.load, args.data, part)
+        return folder.load(Path(args.data), part, args.seed, args.resolution or RESOLUTION[args.space],
+                           args.classes, args.workers, args.skip_broken, run, checked)
+    except (OSError, EOFError, ValueError) as error:
+        return processes.first(p.error, f"--data {args.data}: {error}")
 
 
 def one_line(parser):
@@ -90,17 +131,17 @@ def begun(saved):
     def refuse(message):
         raise ValueError(message)
     p, argv = parser(), []
-    p.error = refuse
+    p.error, switches = refuse, {"grow": "--no-grow", "distill": "--no-distill", "skip_broken": "--skip-broken"}
     names = set(kept(p.parse_args([])))
     if not isinstance(saved, dict) or set(saved) != names:
         raise ValueError(f"{', '.join(sorted(names ^ set(saved)))}: missing or unknown" if isinstance(saved, dict)
                          else "not a JSON object")
     for key, value in saved.items():
-        if key in ("grow", "distill"):
+        if key in switches:
             if not isinstance(value, bool):
                 raise ValueError(f"{key} is {value!r}, not true or false")
-            argv += [] if value else [f"--no-{key}"]
-        else:
+            argv += [switches[key]] * (value is (key == "skip_broken"))
+        elif value is not None or key not in ("classes", "resolution", "workers"):
             values = value if isinstance(value, list) else [value]
             argv += [f"--{key.replace('_', '-')}", *("off" if key == "flops_target" and v == 0 else str(v) for v in values)]
     p.parse_args(argv)

@@ -130,6 +130,36 @@ def first(make, *given):
     return found[0]
 
 
+def gather(found):
+    """The lists `found` of all processes as one, in all of them."""
+    n = share()[1]
+    if n == 1:
+        return found
+    lists = [None] * n
+    with together():
+        dist.all_gather_object(lists, found)
+    return [item for some in lists for item in some]
+
+
+def in_turn(make, *given):
+    """What `make(*given)` returns, in the first process of each machine before it begins in the others.
+
+    For what leaves files that they find, as a download does. It may take longer than `join` lets one wait.
+    """
+    if not dist.is_torchelastic_launched():
+        return make(*given)
+    keys = [f"{os.environ['TORCHELASTIC_RESTART_COUNT']} {given} done on {k}"
+            for k in range(int(os.environ["GROUP_WORLD_SIZE"]))]
+    store, mine = _store(), keys[int(os.environ["GROUP_RANK"])]
+    try:
+        found = make(*given) if os.environ["LOCAL_RANK"] == "0" else None
+    finally:
+        if os.environ["LOCAL_RANK"] == "0":
+            store.set(mine, "")
+    store.wait(keys, datetime.timedelta(days=1))
+    return make(*given) if found is None else found
+
+
 def note(key, text):
     """Let torchrun remember `text`, to `recall` after it has started its processes anew (--max-restarts)."""
     if dist.is_torchelastic_launched() and share()[0] == 0:

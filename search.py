@@ -22,10 +22,12 @@ import torch
 from tqdm import tqdm
 
 import data
+import decode
 import distill
 import files
 import flags
 import flops
+import folder
 import plot
 import processes
 from derive import Network, derive, expected_macs, measure, scale, space_costs
@@ -47,8 +49,8 @@ def search(args, images, out, device, caught):
     raised. ValueError if last.pt, which args.resume goes on from, is not this run's or not whole.
     """
     parts = data.split(images.labels, args.seed)                    # 5/6 for the weights, 1/6 for alpha
-    loader = data.Loader(images, data.statistics(images, parts[0]), args.batch_size, device)
-    shape = {"in_channels": images.pixels.shape[1], "classes": images.classes}
+    loader = images.loader(images.statistics(parts[0]), args.batch_size, device)
+    shape = {"in_channels": images.channels, "classes": images.classes}
     supernet = teacher = None
     run = {"stage": 0, "step": 0, "seconds": 0.0, "means": {}, "alphas": [], "skipped": [], "log": [], "summary": []}
     last = out / "last.pt"
@@ -63,7 +65,7 @@ def search(args, images, out, device, caught):
             arch = scale(base, stage, args.flops_target[stage])
             conclude(run, out, stage, arch, None, time.perf_counter() - clock, device, meter)
             continue
-        space = SPACES[args.space][stage]._replace(resolution=images.pixels.shape[-1])
+        space = SPACES[args.space][stage]._replace(resolution=images.resolution)
         generator = data.generator(args.seed, stage, GROWTH)
         if resumed or supernet is None or not args.grow:
             supernet = SuperNet(space, **shape, generator=generator).to(device)
@@ -232,14 +234,16 @@ def train_stage(supernet, teacher, sgd, adam, loader, parts, args, run, caught):
 def dry_run(args, images, device):
     """What the run would cost, as text: what its spaces hold, then a line a stage, of five steps measured."""
     parts, n = data.split(images.labels, args.seed), processes.share()[1]
-    loader = data.Loader(images, data.statistics(images, parts[0]), args.batch_size, device)
-    shape = {"in_channels": images.pixels.shape[1], "classes": images.classes}
-    lines = [flops.describe_space(args.space, (shape["in_channels"], images.pixels.shape[-1], images.classes)),
+    loader = images.loader(images.statistics(parts[0]), args.batch_size, device)
+    shape = {"in_channels": images.channels, "classes": images.classes}
+    lines = [flops.describe_space(args.space, (images.channels, images.resolution, images.classes)),
              "", "      steps  seconds a step     hours  peak GB       kWh  CO2e (lb)"]
-    teacher, total = None, [0.0, 0.0, 0.0]
+    if isinstance(images, folder.Folder):                             # its files need workers: how many?
+        loader = decode.Rehearsal(loader, parts[0], processes.share())
+    teacher, total, fastest = None, [0.0, 0.0, 0.0], math.inf
     for stage in range(1 if args.method == "scaling" else args.stages):
         steps = schedule(args, stage, parts)[1]
-        supernet = SuperNet(SPACES[args.space][stage]._replace(resolution=images.pixels.shape[-1]), **shape).to(device)
+        supernet = SuperNet(SPACES[args.space][stage]._replace(resolution=images.resolution), **shape).to(device)
         sgd, adam = optimisers(supernet, args)
         ten = {**vars(args), "epochs": [10 * args.batch_size / len(parts[0])] * 5, "checkpoint_every": 5}
         training = train_stage(supernet, teacher, sgd, adam, loader, parts, argparse.Namespace(**ten),
@@ -248,6 +252,7 @@ def dry_run(args, images, device):
         clock = time.perf_counter()
         next(training)
         step = (time.perf_counter() - clock) / 5
+        fastest = min(step, fastest)
         cost = flops.energy(step * steps, device, n)
         total = [a + b for a, b in zip(total, cost)]
         lines.append(f"A{stage} {steps:>8} {step:>15.3f} {cost[0]:>9.3f} {flops.peak_memory(device):>8.1f} "
@@ -256,6 +261,8 @@ def dry_run(args, images, device):
     lines.append(f"all{'':>25}{total[0]:>9.3f} {'':>8} {total[1]:>9.4f} {total[2]:>10.4f}")
     if args.space == "paper":
         lines.append("The paper: 456 hours of a V100, 135.96 kWh, 129.70 lb of CO2e (Table 4).")
+    if isinstance(images, folder.Folder):
+        lines.append(loader.advice(fastest, len(images.labels)))
     return "\n".join([*lines, "Hours of one device; energy is an estimate, see `energy` in flops.py."])
 
 
@@ -376,7 +383,7 @@ def main(argv=None):
     p = flags.parser(__doc__)
     args = processes.first(flags.settings, p, argv)
     device = processes.choose_device(p, args.device)
-    images = data.load_data(p, args.data, "train")
+    images = flags.images(p, args, "train", args.out, checked=not args.dry_run)
     if args.batch_size > len(images.labels) // 6:
         processes.first(p.error, f"--batch-size {args.batch_size} is more than the {len(images.labels) // 6} images "
                             "of the architecture part")
@@ -385,6 +392,7 @@ def main(argv=None):
     with contextlib.ExitStack() as stack, signals() as caught, explained(p, args.out):
         processes.first(hold, p, args.out, stack)
         processes.save(args.out / "args.json", json.dumps(flags.kept(args), indent=1) + "\n")
+        folder.record(p, images, args.out, data.split(images.labels, args.seed))
         processes.note("out", str(args.out))
         print(f"{args.method} on {args.data}, seed {args.seed}, into {args.out}", flush=True)
         summary = search(args, images, args.out, device, caught)

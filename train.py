@@ -27,11 +27,13 @@ from tqdm import tqdm
 
 import data
 import files
+import flags
 import flops
 import plot
 import processes
 from derive import Network, accuracy, inherit, open_supernet
 from flags import number, one_line
+from folder import record
 from search import learning_rate
 from space import Arch
 from supernet import initialise
@@ -137,7 +139,6 @@ def parser():
     p.add_argument("--export", type=Path, metavar="FILE",
                    help="write the trained network as .pt2 (torch.export) or .onnx as well")
     g = p.add_argument_group("training", "(defaults for the paper's space; for small images)")
-    g.add_argument("--data", choices=data.NAMES, default="fashion", help="as in search.py (fashion)")
     g.add_argument("--epochs", type=number(int, 1), help="(180, the paper's; 3)")
     g.add_argument("--batch-size", type=number(int, 1), metavar="B", help="(1024; 64)")
     g.add_argument("--lr", type=number(float, 1e-9), help="peak learning rate (0.4; 0.2)")
@@ -148,6 +149,7 @@ def parser():
     g.add_argument("--autocast", action=argparse.BooleanOptionalAction, help="bfloat16 (on a GPU)")
     g.add_argument("--validate", action="store_true", help="to choose settings: train on 5/6 of the training "
                    "images, report accuracy on the other 1/6 instead of the test images, and write nothing")
+    flags.data_flags(p.add_argument_group("data", "as in search.py; without --data, the run's own"))
     g = p.add_argument_group("the run")
     g.add_argument("--out", type=Path, metavar="DIR", help="folder of the results (the network's)")
     g.add_argument("--resume", action="store_true", help="go on from the last whole epoch; skip what is trained")
@@ -170,12 +172,31 @@ def networks(p, what):
     return found, files[0].parent
 
 
+def source(p, args, archs, folder):
+    """Which images, as `flags.images` takes it: those of the run in `folder`, unless the flags say otherwise.
+
+    The run's images are drawn by the run's own seed, so that its test images stay those that it never saw.
+    """
+    found = flags.DATA | {"seed": args.seed}
+    if (folder / "args.json").exists():
+        try:
+            ran = json.loads((folder / "args.json").read_text())
+            if args.data in (None, ran["data"]):
+                found |= {key: ran[key] for key in ("data", "classes", "skip_broken", "seed") if key in ran}
+        except (OSError, ValueError, TypeError, LookupError) as error:
+            p.error(f"{folder / 'args.json'} is not what a run writes ({error})")
+    found |= {key: getattr(args, key) for key in flags.DATA if getattr(args, key) is not None}
+    if found["data"] not in data.NAMES:
+        found["resolution"] = found["resolution"] or next(iter(archs.values())).resolution
+    return argparse.Namespace(**found)
+
+
 def check(p, args, archs, folder, images):
     """End in p.error for what does not fit together, before any work."""
     for name, arch in archs.items():
-        if (arch.in_channels, arch.classes) != (images.pixels.shape[1], images.classes):
+        if arch.in_channels != images.channels or args.init == "inherit" and arch.classes != images.classes:
             p.error(f"{name} is for {arch.in_channels} channels and {arch.classes} classes, but --data {args.data} "
-                    f"has {images.pixels.shape[1]} and {images.classes}")
+                    f"has {images.channels} and {images.classes}")
         if args.init == "inherit" and not (folder / f"A{arch.stage}.pt").exists():
             p.error(f"--init inherit needs the supernet's weights, {folder / f'A{arch.stage}.pt'}")
     for key in ("smoothing", "dropout", "ema"):
@@ -211,19 +232,26 @@ def main(argv=None):
     args = processes.first(p.parse_args, argv)
     archs, folder = processes.first(networks, p, args.what)
     out, device = args.out or folder, processes.choose_device(p, args.device)
-    images, test = data.load_data(p, args.data, "train"), data.load_data(p, args.data, "test")
+    wanted = processes.first(source, p, args, archs, folder)
+    known = out if (out / "checked.json").exists() else folder
+    images, test = (flags.images(p, wanted, part, known) for part in ("train", "test"))
+    args.data = wanted.data
     processes.first(check, p, args, archs, folder, images)
     if args.autocast is None:
         args.autocast = device.type == "cuda"
     out.mkdir(parents=True, exist_ok=True)
+    if not args.validate:
+        record(p, images, out)
+        record(p, test, out)
     index = torch.arange(len(images.labels))
     test_index = torch.arange(len(test.labels))
     if args.validate:
         (index, test_index), test = data.split(images.labels, args.seed), images
-    stats = data.statistics(images, index)
+    stats = images.statistics(index)
     results = out / "trained.json"
     rows = json.loads(results.read_text()) if results.exists() else []
-    for name, arch in archs.items():
+    for name, searched in archs.items():
+        arch = searched._replace(classes=images.classes, resolution=images.resolution)      # as the images are
         given = argparse.Namespace(**vars(args))
         for key, value in DEFAULTS["paper" if arch.space == "paper" else "small"].items():
             setattr(given, key, value if getattr(args, key) is None else getattr(args, key))
@@ -233,7 +261,7 @@ def main(argv=None):
         if before == "trained":
             continue
         given.resume = before == "saved"
-        loader, tester = (data.Loader(part, stats, given.batch_size, device) for part in (images, test))
+        loader, tester = (part.loader(stats, given.batch_size, device) for part in (images, test))
         network = initial(arch, given, folder).to(device)
         network, epochs = train(network, loader, index, tester, test_index, given, name, arch.stage, checkpoint)
         if args.validate or processes.share()[0]:
@@ -243,6 +271,8 @@ def main(argv=None):
                "init": args.init, "seed": args.seed, "epochs": epochs}
         rows = sorted([r for r in rows if r["name"] != name] + [row], key=lambda r: r["name"])
         processes.save(out / f"{name}.trained.pt", network.state_dict())
+        if arch != searched:
+            processes.save(out / f"{name}.trained.json", arch.to_json())
         processes.save(results, json.dumps(rows, indent=1) + "\n")
         checkpoint.unlink()
         processes.note(name, "trained")

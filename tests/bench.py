@@ -175,7 +175,7 @@ def loading(repeats):
     """Batches/s of data.py over the steps/s of the fastest supernet; its share of time outside the real work."""
     images = data.load("fashion", "train")
     parts = data.split(images.labels, 0)
-    loader = data.Loader(images, data.statistics(images, parts[0]), 32)
+    loader = data.Loader(images, images.statistics(parts[0]), 32)
     steps, batches = Steps(SPACES["small"][0], 32, 28, 1), loader.shuffled(parts[0], 0)
     times = timed({"batch": lambda: next(batches), "step": lambda: steps.update_two()},
                   10 * repeats)

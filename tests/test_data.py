@@ -13,7 +13,7 @@ from oracles import seeded
 from torch.testing import assert_close
 
 import data
-from data import PAD, Images, Loader, augment, fashion, load, read_idx, split, statistics
+from data import PAD, Images, Loader, augment, fashion, load, read_idx, split
 
 
 def idx(array, kind=8, sizes=None):
@@ -27,7 +27,7 @@ def numbered(n, size=6, channels=1, batch_size=4, stats=None):
     """A loader of n random images whose label is their number."""
     pixels = torch.randint(256, (n, channels, size, size), generator=seeded(), dtype=torch.uint8)
     images = Images(pixels, torch.arange(n), n)
-    return images, Loader(images, stats or statistics(images, torch.arange(n)), batch_size)
+    return images, Loader(images, stats or images.statistics(torch.arange(n)), batch_size)
 
 
 @pytest.mark.filterwarnings("error")
@@ -79,7 +79,7 @@ def test_fashion_mnist_has_6000_images_of_each_class_to_train_and_1000_to_test(t
         assert images.labels.dtype == torch.long and images.classes == 10
         assert torch.bincount(images.labels).tolist() == [each] * 10
         assert images.labels[:10].tolist() == first
-    mean, std = statistics(train, torch.arange(60_000))
+    mean, std = train.statistics(torch.arange(60_000))
     assert float(mean) == pytest.approx(0.2860, abs=1e-4) and float(std) == pytest.approx(0.3530, abs=1e-4)
 
 
@@ -121,7 +121,7 @@ def test_images_are_normalised_to_mean_0_and_deviation_1(channels):
     pixels = torch.randint(256, (50, channels, 6, 7), generator=seeded(), dtype=torch.uint8)
     pixels = (pixels * torch.linspace(0.2, 1, channels).view(1, -1, 1, 1)).byte()
     images, index = Images(pixels, torch.arange(50), 50), torch.arange(10, 40)
-    mean, std = statistics(images, index)
+    mean, std = images.statistics(index)
     assert mean.shape == std.shape == (1, channels, 1, 1) and (0 < mean).all() and (mean < 1).all()
     x, y = Loader(images, (mean, std), 8).batch(index)
     assert x.dtype == torch.float32 and torch.equal(y, index)

@@ -36,7 +36,7 @@ def stage(space=0, taught=False, lr=0.1, steps=STEPS):
     """A stage of so many steps on the `fake` patterns: its supernet, and `train_stage` about to begin."""
     images = data.load("fake", "train")
     parts = data.split(images.labels, 0)
-    loader = data.Loader(images, data.statistics(images, parts[0]), BATCH)
+    loader = data.Loader(images, images.statistics(parts[0]), BATCH)
     args = argparse.Namespace(batch_size=BATCH, epochs=[steps * BATCH / len(parts[0])] * 5, lr=lr, mu=1.0,
                               alpha_lr=0.02, accumulate=1, weight_decay=1e-4, seed=0, checkpoint_every=1,
                               flops_target=[1e6] * 5)
@@ -151,7 +151,7 @@ def test_a_batch_that_does_not_divide_is_refused_in_one_line(two):
 @pytest.mark.parametrize("n", [2, 4])
 def test_shares_make_up_the_batch(n):
     images = data.fake(60, (3,))
-    loader = data.Loader(images, data.statistics(images, torch.arange(60)), 8)
+    loader = data.Loader(images, images.statistics(torch.arange(60)), 8)
     whole = list(itertools.islice(loader.shuffled(torch.arange(60), 5), 9))
     shares = [list(itertools.islice(loader.shuffled(torch.arange(60), 5, share=(r, n)), 9)) for r in range(n)]
     for k, (x, y) in enumerate(whole):

@@ -9,8 +9,8 @@ import json
 import pytest
 from oracles import TINY, chosen, near8, pixels, random_options, seeded
 
-import space
 import files
+import space
 from files import write
 from space import PAPER, SMALL, SPACES, Arch, ArchBlock, check_growth, options, read, round8
 

@@ -1,0 +1,176 @@
+"""Image files in, batches out: decoded, cut and coloured by worker processes (Experiments).
+
+How an image is augmented is a function of its place in the run, as everything else that is drawn: it does
+not depend on the workers, on the processes, or on where a run was taken up again.
+"""
+import math
+import os
+import signal
+import struct
+import time
+import warnings
+import zlib
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+import data
+
+CHUNK = 32                                                # images that a worker hands over at once
+BROKEN = (OSError, EOFError, ValueError, TypeError, LookupError, ArithmeticError, SyntaxError, RuntimeError, MemoryError,
+          struct.error, zlib.error, Image.DecompressionBombError)     # what Pillow's readers raise, among them
+
+
+def decode(path, small=False):
+    """The image in a file: PIL, RGB, upright. OSError, which names the file, if it is not whole.
+
+    Transparent is white. 16 bits become 8. small: a JPEG at an eighth of its size, which is faster and as strict.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")               # of odd EXIF, large images: nothing to do about it
+            with Image.open(path) as image:
+                if small:
+                    image.draft("RGB", (1, 1))
+                image.load()
+                return rgb(ImageOps.exif_transpose(image))
+    except BROKEN as error:
+        known = str(error).replace(repr(path), "it").replace(str(path), "it")
+        raise OSError(f"{path}: {known.splitlines()[0] if known else type(error).__name__}") from None
+
+
+def rgb(image):
+    """A PIL image of any mode as RGB. ValueError for numbers whose white is unknown."""
+    if image.mode.startswith("I"):                        # 16 bits; Pillow's own conversion cuts at 255
+        values = np.asarray(image).astype(np.int64)
+        if not 0 <= values.min() <= values.max() < 2 ** 16:
+            raise ValueError("more than 16 bits a pixel")
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))       # 65535 = 257 * 255
+    if image.mode == "F":
+        raise ValueError("its pixels are floats, of unknown range")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+class Decoder(Dataset):
+    """What the workers do: numbers of images in, uint8 tensors out."""
+
+    def __init__(self, images):
+        self.root, self.names, self.labels = images.root, images.names, images.labels
+        self.resolution = images.resolution
+        self.augment = v2.Compose([v2.RandomResizedCrop(self.resolution), v2.RandomHorizontalFlip(),
+                                   v2.PILToTensor(), v2.ColorJitter(0.4, 0.4, 0.4)])
+
+    def image(self, i, seed=None):
+        """Image i as (3, R, R) uint8: augmented by draws of `seed`, or without one as it is evaluated.
+
+        That is the middle 224/256 of its shorter side, as in Resize(256) and CenterCrop(224), but in one
+        step: a picture of one pixel by a thousand would be resized to an enormous one.
+        """
+        image = decode(os.path.join(self.root, os.fsdecode(self.names[i])))
+        if seed is None:
+            side = min(image.size) * 224 / 256
+            left, top = ((length - side) / 2 for length in image.size)
+            size = (self.resolution, self.resolution)
+            return v2.functional.pil_to_tensor(image.resize(size, Image.Resampling.BILINEAR,
+                                                            (left, top, left + side, top + side)))
+        with torch.random.fork_rng(devices=[]):           # transforms draw from the global generator
+            torch.default_generator.manual_seed(seed)
+            return self.augment(image)
+
+    def __getitem__(self, chunk):
+        """(index (B,), seeds (B,) or None) -> (x (B, 3, R, R) uint8, labels (B,)), or what is wrong as a string."""
+        index, seeds = chunk
+        seeds = [None] * len(index) if seeds is None else seeds.tolist()
+        try:
+            return torch.stack([self.image(i, s) for i, s in zip(index.tolist(), seeds)]), self.labels[index]
+        except OSError as error:
+            return str(error)
+
+
+def calm(worker):
+    """A worker ignores Ctrl-C, which the main process obeys in its own time, and dies of other signals."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def workers(dataset, chunks, count, ahead=2, **more):
+    """What `dataset` makes of each of the `chunks`, in order, in `count` processes (0: in this one)."""
+    return DataLoader(dataset, batch_size=None, sampler=chunks, num_workers=count, worker_init_fn=calm,
+                      prefetch_factor=ahead if count else None, generator=torch.Generator(), **more)
+
+
+class Loader:
+    """As `data.Loader`, of a `Folder`: batches as (x (B, 3, R, R) float, y (B,) long), on a `device`."""
+
+    def __init__(self, images, stats, batch_size, device="cpu"):
+        self.labels, self.decoder, self.workers = images.labels, Decoder(images), images.workers
+        self.batch_size, self.device = batch_size, torch.device(device)
+        self.mean, self.std = (255 * s.to(device) for s in stats)
+
+    def _arrived(self, chunks):
+        """Decoded chunks [(x uint8, y), ..] as one batch on the device. SystemExit if one could not be read."""
+        if broken := [chunk for chunk in chunks if isinstance(chunk, str)]:
+            raise SystemExit(f"{broken[0]}: this image was whole, or not checked, before")
+        x, y = (torch.cat([t.to(self.device, non_blocking=True) for t in tensors]) for tensors in zip(*chunks))
+        return (x - self.mean) / self.std, y
+
+    def _decoded(self, chunks, count, ahead=2):
+        return workers(self.decoder, chunks, count, ahead, pin_memory=self.device.type == "cuda")
+
+    def batch(self, index, generator=None, share=(0, 1)):
+        """The images at `index`, decoded here and now; with a generator augmented. share: as in `data.Loader`."""
+        return self._arrived([self.decoder[chunk] for chunk in split(index, generator, share)])
+
+    def ordered(self, index):
+        """All images at `index`, once, in order, for evaluation."""
+        chunks = split(index)
+        for chunk in self._decoded(chunks, min(self.workers, len(chunks))):
+            yield self._arrived([chunk])
+
+    def shuffled(self, index, *position, start=0, share=(0, 1)):
+        """Endless training batches from number `start` on, as in `data.order`; share: as in `data.Loader`."""
+        batches = data.order(index, self.batch_size, *position, start=start)
+        chunks = (chunk for part, drawn in batches for chunk in split(part, drawn, share))
+        each = len(split(index[:self.batch_size], None, share))             # chunks a batch
+        ahead = max(2, math.ceil(2 * each / max(1, self.workers)))          # so that two batches are under way
+        stream = iter(self._decoded(chunks, self.workers, ahead))
+        while True:
+            yield self._arrived([next(stream) for _ in range(each)])
+
+
+def split(index, generator=None, share=(0, 1)):
+    """The r-th of n slices of a batch as chunks for `Decoder`; with a generator each image has its own seed."""
+    r, n = share
+    seeds = None if generator is None else torch.randint(2 ** 62, index.shape, generator=generator)
+    mine = index.tensor_split(n)[r].split(CHUNK)
+    return list(zip(mine, [None] * len(mine) if seeds is None else seeds.tensor_split(n)[r].split(CHUNK)))
+
+
+class Rehearsal:
+    """One training batch over and over, to measure a step alone, and how long an image takes a worker."""
+
+    def __init__(self, loader, index, share=(0, 1)):
+        clock, threads = time.perf_counter(), torch.get_num_threads()
+        torch.set_num_threads(1)                          # as many as a worker has
+        chunks = [loader.decoder[chunk] for chunk in split(index[:loader.batch_size], data.generator(0), share)]
+        torch.set_num_threads(threads)
+        self.seconds = (time.perf_counter() - clock) / sum(len(y) for _, y in chunks)
+        self.pair, self.workers = loader._arrived(chunks), loader.workers
+
+    def shuffled(self, *position, **where):
+        while True:
+            yield self.pair
+
+    def advice(self, step, total):
+        """How many workers a search step of so many seconds needs, and how long checking `total` files takes."""
+        images = len(self.pair[1]) * 6 / 5                # every fifth step has a batch for alpha, too
+        need, have = math.ceil(images * self.seconds / step), max(1, self.workers)
+        return (f"Decoding: {1000 * self.seconds:.1f} ms an image in one worker; the fastest step needs {need} "
+                f"worker{'s' * (need > 1)} a process, there are {self.workers} (--workers).\n"
+                f"Checking the {total:,} images before the start takes at most {total * self.seconds / have:.0f} s.")

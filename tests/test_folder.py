@@ -1,0 +1,513 @@
+"""Folders of images: what is listed, drawn, refused; what is decoded; and that batches do not depend on workers.
+
+The oracles: files written by hand and with Pillow, torchvision's Resize and CenterCrop, its names of ImageNet's
+classes, and the same batch from other workers, another start and in shares.
+"""
+import contextlib
+import itertools
+import json
+import os
+import struct
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import photos
+import pytest
+import torch
+from PIL import Image
+from test_search import Countdown, contents, same
+from torchvision.models._meta import _IMAGENET_CATEGORIES
+from torchvision.transforms import v2
+
+import data
+import decode
+import derive
+import flags
+import folder
+import search
+import train
+from space import Arch
+
+ROOT = Path(__file__).parent.parent
+
+
+def picture(seed=0, size=(12, 10)):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def write(root, names="abc", each=6, **options):
+    """Class folders of `each` random images, each its own."""
+    for c, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        for i in range(each):
+            picture(100 * c + i).save(root / name / f"{i}.png", **options)
+    return root
+
+
+def open_folder(root, part="train", seed=0, resolution=8, **options):
+    return folder.load(root, part, seed, resolution, **{"count": 0} | options)
+
+
+def names(images):
+    return [os.fsdecode(name) for name in images.names]
+
+
+def loader(root, workers=0, batch_size=4, part="train"):
+    images = open_folder(root, part, count=workers)
+    return images.loader(images.statistics(None), batch_size)
+
+
+def decoded(path, image=None, **options):
+    """What an image becomes on its way through a file, as an array (H, W, 3)."""
+    if image is not None:
+        image.save(path, **options)
+    return np.asarray(decode.decode(str(path)))
+
+
+# --- which files, which classes
+
+
+def test_imagenets_layout_and_its_parts(tmp_path):
+    write(tmp_path / "train", each=4)
+    write(tmp_path / "val", "cb", each=3)                               # val/ need not test every class
+    images, test = open_folder(tmp_path), open_folder(tmp_path, "test")
+    assert images.class_names == test.class_names == ["a", "b", "c"] and images.classes == 3
+    assert names(images) == [f"train/{c}/{i}.png" for c in "abc" for i in range(4)]
+    assert images.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert names(test) == [f"val/{c}/{i}.png" for c in "bc" for i in range(3)] and images.held_out == []
+    assert test.labels.tolist() == [1] * 3 + [2] * 3
+    assert (images.channels, images.resolution) == (3, 8)
+
+
+def test_of_class_folders_alone_a_sixth_of_each_is_held_out(tmp_path):
+    write(tmp_path, "ab", each=12)
+    write(tmp_path, "c", each=4)
+    images, test = open_folder(tmp_path), open_folder(tmp_path, "test")
+    assert torch.bincount(images.labels).tolist() == [10, 10, 3] and torch.bincount(test.labels).tolist() == [2, 2, 1]
+    both = names(images) + names(test)
+    assert len(set(both)) == len(both) == 28 and images.held_out == names(test)
+    assert names(open_folder(tmp_path, "test")) == names(test) != names(open_folder(tmp_path, "test", seed=1))
+
+
+def test_the_draw_is_the_same_everywhere_and_for_ever():
+    # random.Random(0): .84 .76 .42 .26 .51 .40 .78 .30 .48 .58
+    assert folder.draw(10, 4, 0) == [2, 3, 5, 7]
+    assert folder.draw(10, 4, b"0 cat") != folder.draw(10, 4, b"1 cat")
+    counts = np.bincount([i for seed in range(1000) for i in folder.draw(10, 4, seed)], minlength=10)
+    assert abs(counts - 400).max() < 60                                 # four standard deviations
+
+
+def test_imagenet_100_is_the_draw_of_seed_0_from_imagenets_1000_classes():
+    lines = (ROOT / "datasets" / "ImageNet-100.txt").read_text().splitlines()
+    ids, classes = zip(*(line.split(" ", 1) for line in lines))
+    assert list(classes) == [_IMAGENET_CATEGORIES[i] for i in folder.draw(1000, 100, 0)]
+    assert list(ids) == sorted(set(ids)) and all(len(i) == 9 and i[0] == "n" for i in ids)
+
+
+def test_classes_are_drawn_by_their_sorted_names(tmp_path):
+    for name in "jihgfedcba":
+        write(tmp_path, name, each=3)
+    assert open_folder(tmp_path, classes=4).class_names == ["abcdefghij"[i] for i in folder.draw(10, 4, 0)]
+    assert open_folder(tmp_path, classes=4, part="test").class_names == open_folder(tmp_path, classes=4).class_names
+    with pytest.raises(ValueError, match="10 folders of images, one a class, but 11"):
+        open_folder(tmp_path, classes=11)
+
+
+def test_odd_names_hidden_files_and_files_that_are_no_images(tmp_path, capsys):
+    write(tmp_path, ["Katze 猫", "собака", "b\udcff"], each=3)              # the last: bytes that are no UTF-8
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / "Katze 猫" / "._0.png").write_bytes(b"of a Mac")
+    (tmp_path / "Katze 猫" / "notes.txt").write_text("!")
+    (tmp_path / "Katze 猫" / "0.PNG").write_bytes((tmp_path / "Katze 猫" / "0.png").read_bytes())
+    images = open_folder(tmp_path)
+    assert len(images.class_names) == 3 and len(images.labels) + len(images.held_out) == 10
+    assert "not taken for images: 1 .txt" in capsys.readouterr().out
+    assert images.loader(images.statistics(None), 4).batch(torch.arange(7))[0].shape == (7, 3, 8, 8)
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    write(tmp_path / "in", "ab", each=4)
+    write(tmp_path / "elsewhere", "c", each=3)
+    (tmp_path / "in" / "c").symlink_to(tmp_path / "elsewhere" / "c")
+    (tmp_path / "in" / "a" / "again").symlink_to(tmp_path / "in" / "a")
+    (tmp_path / "in" / "a" / "up").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "a" / "top").symlink_to(tmp_path)
+    (tmp_path / "in" / "b" / "deep").mkdir()
+    (tmp_path / "in" / "b" / "deep" / "more.png").symlink_to(tmp_path / "elsewhere" / "c" / "0.png")
+    images = open_folder(tmp_path / "in")
+    assert sorted(names(images) + images.held_out) == [
+        *(f"a/{i}.png" for i in range(4)), *(f"b/{i}.png" for i in range(4)), "b/deep/more.png",
+        *(f"c/{i}.png" for i in range(3))]
+    (tmp_path / "in" / "all").symlink_to(tmp_path / "in")
+    with pytest.raises(ValueError, match="all has too few images"):
+        open_folder(tmp_path / "in")
+
+
+@pytest.mark.parametrize("folders, files, says", [
+    ([], [], "0 folders"),
+    (["a"], ["a/1.png"], "1 folders"),
+    (["a", "b"], [], "a has too few images"),
+    (["train/a", "train/b"], [], r"has train/, but it takes train/ and val/"),
+    (["train/a", "test/a"], [], r"has test/ and train/, but"),
+    (["train/a", "train/b", "val/z"], [], "val/z is no class of train/"),
+])
+def test_a_folder_of_another_layout_is_refused(tmp_path, folders, files, says):
+    for name in folders:
+        (tmp_path / name).mkdir(parents=True)
+    for name in files:
+        picture().save(tmp_path / name)
+    with pytest.raises(ValueError, match=says):
+        open_folder(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_files_in_a_class_are_listed_at_once(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for i in range(100_000):
+            (tmp_path / name / f"{i}.jpg").touch()
+    clock = time.perf_counter()
+    _, found, *_ = folder.find(tmp_path, "train", 0)
+    assert time.perf_counter() - clock < 5 and len(found) == 2 * (100_000 - 100_000 // 6)
+
+
+# --- what an image becomes
+
+
+def png(path, rows, bits, colour):
+    """A PNG by hand: rows of samples, colour type 0 (grey) or 2 (RGB)."""
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    raw = b"".join(b"\0" + np.array(row, ">u2" if bits == 16 else "u1").tobytes() for row in rows)
+    size = struct.pack(">II", len(rows[0]) // (3 if colour == 2 else 1), len(rows))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size + bytes((bits, colour, 0, 0, 0)))
+                     + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b""))
+
+
+def test_16_bits_become_8_and_are_not_cut(tmp_path):
+    values = [[0, 257, 257 * 100, 257 * 200, 65535, 32768]]
+    png(tmp_path / "grey.png", values, 16, 0)
+    grey = decoded(tmp_path / "grey.png")
+    assert grey.shape == (1, 6, 3) and grey[0, :, 0].tolist() == [0, 1, 100, 200, 255, 128]
+    png(tmp_path / "rgb.png", values, 16, 2)
+    assert decoded(tmp_path / "rgb.png").tolist() == [[[0, 1, 100], [200, 255, 128]]]
+    Image.fromarray(np.array(values, np.uint16)).save(tmp_path / "grey.tif")
+    assert np.array_equal(decoded(tmp_path / "grey.tif"), grey)
+    with pytest.raises(OSError, match=r"deep\.tif: more than 16 bits"):
+        decoded(tmp_path / "deep.tif", Image.fromarray(np.array([[-1, 70_000]], np.int32)))
+    with pytest.raises(OSError, match=r"float\.tif: .*floats"):
+        decoded(tmp_path / "float.tif", Image.fromarray(np.array([[0.5]], np.float32)))
+
+
+def test_every_mode_becomes_rgb(tmp_path):
+    image = picture()
+    grey, rgb = np.asarray(image.convert("L")), np.asarray(image)
+    assert np.array_equal(decoded(tmp_path / "1.png", image.convert("L")), np.stack([grey] * 3, 2))
+    assert np.array_equal(decoded(tmp_path / "2.png", image), rgb)
+    bits = image.convert("1")
+    assert np.array_equal(decoded(tmp_path / "3.png", bits)[:, :, 0], np.asarray(bits) * np.uint8(255))
+    palette = image.quantize(16)
+    assert np.array_equal(decoded(tmp_path / "4.png", palette), np.asarray(palette.convert("RGB")))
+    smooth = image.resize((40, 40), Image.Resampling.BICUBIC)
+    ink = decoded(tmp_path / "5.jpg", smooth.convert("CMYK"), quality=95)
+    assert abs(ink.astype(int) - np.asarray(smooth)).mean() < 8         # inverted inks would be far off
+
+
+def test_transparent_is_white(tmp_path):
+    image = picture().convert("RGBA")
+    alpha = np.zeros((10, 12), np.uint8)
+    alpha[:5], alpha[5] = 255, 51
+    image.putalpha(Image.fromarray(alpha))
+    found, rgb = decoded(tmp_path / "a.png", image), np.asarray(image)[:, :, :3].astype(int)
+    assert np.array_equal(found[:5], rgb[:5]) and (found[6:] == 255).all()
+    assert abs(found[5] - (0.2 * rgb[5] + 0.8 * 255)).max() <= 1
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putpixel((1, 0), 1)
+    assert decoded(tmp_path / "b.png", palette, transparency=1).tolist() == [[[10, 20, 30], [255, 255, 255]]]
+
+
+@pytest.mark.parametrize("orientation, turned", [(1, lambda a: a), (3, lambda a: a[::-1, ::-1]),
+                                                 (6, lambda a: np.rot90(a, -1)), (8, np.rot90)])
+def test_a_photograph_on_its_side_is_turned(tmp_path, orientation, turned):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert np.array_equal(decoded(tmp_path / "a.png", picture(), exif=exif), turned(np.asarray(picture())))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (3, 2000)])
+def test_images_one_pixel_wide(tmp_path, size):
+    write(tmp_path, "ab")
+    picture(size=size).save(tmp_path / "a" / "0.png")
+    x, _ = loader(tmp_path).batch(torch.arange(10), data.generator(1))
+    assert x.shape == (10, 3, 8, 8) and x.isfinite().all()
+    assert sum(y.numel() for _, y in loader(tmp_path).ordered(torch.arange(10))) == 10
+
+
+def test_an_image_is_evaluated_as_by_resize_and_center_crop(tmp_path):
+    smooth = picture(size=(6, 6)).resize((120, 120), Image.Resampling.BICUBIC)
+    write(tmp_path, "ab", each=3)
+    for i in range(3):
+        smooth.save(tmp_path / "a" / f"{i}.png")
+    found = decode.Decoder(open_folder(tmp_path, resolution=56)).image(0)
+    wanted = v2.Compose([v2.Resize(64), v2.CenterCrop(56), v2.PILToTensor()])(smooth)
+    assert found.shape == (3, 56, 56) and (found.int() - wanted.int()).abs().float().mean() < 1.5
+    assert (found.int() - wanted.roll(4, 2).int()).abs().float().mean() > 5          # elsewhere it would differ
+
+
+# --- batches
+
+
+def stream(loader, *position, start=0, n=6, share=(0, 1), index=None):
+    index = torch.arange(len(loader.labels)) if index is None else index
+    return list(itertools.islice(loader.shuffled(index, *position, start=start, share=share), n))
+
+
+def equal(one, other):
+    return all(torch.equal(x, z) and torch.equal(y, w) for (x, y), (z, w) in zip(one, other, strict=True))
+
+
+def test_batches_do_not_depend_on_workers_starts_or_other_draws(tmp_path, monkeypatch):
+    write(tmp_path)
+    monkeypatch.setattr(decode, "CHUNK", 3)                             # a batch of 4 in two chunks
+    whole = stream(loader(tmp_path), 0, 5)
+    for workers in (1, 2):
+        torch.manual_seed(workers)
+        assert equal(whole, stream(loader(tmp_path, workers), 0, 5))
+    for start in (1, 3, 4):                                             # 3: where the second epoch begins
+        assert equal(whole[start:], stream(loader(tmp_path, 2), 0, 5, start=start, n=6 - start))
+    assert not equal(whole, stream(loader(tmp_path), 0, 6)) and not equal(whole, stream(loader(tmp_path), 1, 5))
+
+
+def test_the_global_generator_is_left_alone(tmp_path):
+    write(tmp_path, "ab")
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    stream(loader(tmp_path), 0), stream(loader(tmp_path, 1), 0), list(loader(tmp_path, 1).ordered(torch.arange(10)))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_shares_make_up_the_batch(tmp_path, monkeypatch):
+    write(tmp_path)
+    monkeypatch.setattr(decode, "CHUNK", 1)
+    whole = stream(loader(tmp_path), 7)
+    shares = [stream(loader(tmp_path), 7, share=(r, 2)) for r in range(2)]
+    assert all(len(y) == 2 for part in shares for _, y in part)
+    assert equal(whole, [tuple(map(torch.cat, zip(*pair))) for pair in zip(*shares)])
+    drawn = loader(tmp_path).batch(torch.arange(6), data.generator(0), (1, 2))
+    assert equal([drawn], [tuple(t[3:] for t in loader(tmp_path).batch(torch.arange(6), data.generator(0)))])
+
+
+def test_a_share_reads_no_other_files(tmp_path, monkeypatch):
+    write(tmp_path)
+    read, seen = decode.decode, []
+    monkeypatch.setattr(decode, "decode", lambda path: (seen.append(path), read(path))[1])
+    list(itertools.islice(loader(tmp_path).shuffled(torch.arange(15), 0, share=(1, 4)), 3))
+    assert len(seen) <= 4                                               # of 12: one each, and one under way
+
+
+def test_augmentation_differs_from_epoch_to_epoch_and_image_to_image(tmp_path):
+    write(tmp_path)
+    seen = {tuple(x.flatten().tolist()) for x, _ in stream(loader(tmp_path, batch_size=1), 0, n=20,
+                                                           index=torch.tensor([2]))}
+    assert len(seen) == 20
+    same = loader(tmp_path).batch(torch.tensor([2, 2]), data.generator(0))[0]
+    assert not torch.equal(same[0], same[1])
+
+
+def test_an_epoch_shows_every_image_at_most_once_and_labels_are_right(tmp_path):
+    write(tmp_path)                                                     # 15 images: three batches of 4
+    images = open_folder(tmp_path)
+    for c in range(3):                                                  # each class has its own colour
+        for name in np.array(names(images))[images.labels == c]:
+            Image.new("RGB", (9, 9), [(250, 0, 0), (0, 250, 0), (0, 0, 250)][c]).save(tmp_path / name)
+    for x, y in stream(loader(tmp_path, 2), 0):
+        assert torch.equal(x.mean((2, 3)).argmax(1), y)
+    labels = torch.cat([y for _, y in stream(loader(tmp_path), 0, n=3)])
+    assert torch.bincount(labels, minlength=3).max() <= 5
+
+
+def test_evaluation_is_in_order_repeats_and_is_normalised(tmp_path, monkeypatch):
+    write(tmp_path)
+    monkeypatch.setattr(decode, "CHUNK", 4)
+    index = torch.tensor([3, 1, 14, 0, 7])
+    one, other = list(loader(tmp_path, 2).ordered(index)), list(loader(tmp_path).ordered(index))
+    assert equal(one, other) and [len(y) for _, y in one] == [4, 1]
+    images = open_folder(tmp_path)
+    assert torch.equal(torch.cat([y for _, y in one]), images.labels[index])
+    pixels = torch.stack([decode.Decoder(images).image(i) for i in index.tolist()])
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    torch.testing.assert_close(torch.cat([x for x, _ in one]), (pixels / 255 - mean) / std)
+
+
+# --- broken files
+
+
+def broken(root):
+    """Break some images of a folder; returns their names, sorted."""
+    picture(size=(200, 200)).save(root / "a" / "1.jpg")
+    content = (root / "a" / "1.jpg").read_bytes()
+    (root / "a" / "1.jpg").write_bytes(content[:len(content) // 2])
+    (root / "a" / "2.jpg").write_text("no image")
+    (root / "b" / "3.png").write_bytes((root / "b" / "3.png").read_bytes()[:60])
+    (root / "b" / "4.gif").symlink_to(root / "nowhere.gif")
+    (root / "b" / "5.jpeg").touch()
+    (root / "b" / "6.bmp").mkdir()
+    return ["a/1.jpg", "a/2.jpg", "b/3.png", "b/4.gif", "b/5.jpeg", "b/6.bmp"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_files_are_refused_by_name_or_left_out(tmp_path, workers, capsys):
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    bad = [f"train/{name}" for name in broken(write(tmp_path / "train", each=8))]
+    with pytest.raises(ValueError, match=r"train/a/1\.jpg: .*truncated.*; --skip-broken"):
+        open_folder(tmp_path, count=workers)
+    capsys.readouterr()
+    images = open_folder(tmp_path, count=workers, skip_broken=True)
+    assert sorted(images.broken) == bad and not set(bad) & set(names(images)) and len(images.names) == 23
+    told = capsys.readouterr().out
+    assert all(told.count(f"{tmp_path / name}: ") == 1 for name in bad)
+    assert len(list(images.loader(images.statistics(None), 4).ordered(torch.arange(23)))) == 1
+
+
+def test_a_class_of_which_nothing_is_whole_is_refused(tmp_path):
+    write(tmp_path, each=3)
+    for i in range(3):
+        (tmp_path / "b" / f"{i}.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="too few images of b are whole"):
+        open_folder(tmp_path, skip_broken=True)
+
+
+def test_an_image_that_breaks_later_ends_a_run_in_one_line(tmp_path):
+    write(tmp_path)
+    images = loader(tmp_path, 1)
+    for path in tmp_path.glob("*/*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(SystemExit, match=r"\.png: .*: this image was whole"):
+        next(images.shuffled(torch.arange(15), 0))
+
+
+# --- the scripts
+
+SHORT = ["--epochs", "0.3", "--batch-size", "4", "--device", "cpu", "--workers", "1", "--resolution", "16"]
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """A folder of "photographs", one of them broken, and a run that searched on four of its classes."""
+    at = tmp_path_factory.mktemp("photographs")
+    photos.write(at / "photos", 12)
+    bad = open_folder(at / "photos", classes=4, seed=1)
+    (at / "photos" / names(bad)[5]).write_bytes(b"broken")
+    search.main(["--data", str(at / "photos"), "--classes", "4", "--stages", "2", "--seed", "1", "--skip-broken", *SHORT,
+                 "--out", str(at / "run")])
+    return at / "photos", at / "run", names(bad)[5]
+
+
+def refused(main, argv, says, capsys):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main([str(a) for a in argv])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and says in error, error
+
+
+def test_a_search_leaves_its_classes_and_its_split(searched):
+    root, run, bad = searched
+    images = open_folder(root, seed=1, classes=4, skip_broken=True)
+    assert (run / "classes.txt").read_text().splitlines() == images.class_names
+    split = json.loads((run / "split.json").read_text())
+    alphas = [names(images)[i] for i in data.split(images.labels, 1)[1]]
+    assert split["test"] == images.held_out and split["architecture"] == alphas
+    assert not {bad, *split["test"]} & set(names(images)) and set(alphas) < set(names(images))
+    assert list(json.loads((run / "checked.json").read_text()).values()) == [
+        {bad: f"{root / bad}: cannot identify image file it"}]
+    arch = Arch.from_json((run / "A1.json").read_text())
+    assert (arch.in_channels, arch.classes, arch.resolution) == (3, 4, 16)
+
+
+def test_what_was_checked_is_not_checked_again(searched, monkeypatch, tmp_path):
+    _, run, _ = searched
+    monkeypatch.setattr(folder, "check", lambda *given: pytest.fail("checked again"))
+    search.main(["--resume", "--out", str(run)])
+    derive.main([str(run), "--points", "2", "--out", str(tmp_path / "points.json")])
+    assert len(json.loads((tmp_path / "points.json").read_text())) == 2
+
+
+def test_a_stopped_search_goes_on_as_if_nothing_had_been(searched, tmp_path, monkeypatch):
+    root, run, _ = searched
+    argv = ["--data", str(root), "--classes", "4", "--stages", "2", "--seed", "1", "--skip-broken", *SHORT,
+            "--checkpoint-every", "1", "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(search, "signals", lambda: contextlib.nullcontext(Countdown(2)))
+    with pytest.raises(SystemExit):
+        search.main(argv)
+    monkeypatch.undo()
+    search.main(["--resume", "--out", str(tmp_path / "run"), "--workers", "0"])
+    assert same(contents(run), contents(tmp_path / "run"))
+
+
+def test_a_run_on_other_images_than_it_began_with_is_refused(searched, capsys):
+    root, run, _ = searched
+    new = root / (run / "classes.txt").read_text().splitlines()[0] / "new.png"
+    picture().save(new)
+    try:
+        refused(search.main, ["--resume", "--out", run], "is not what it was when the run began", capsys)
+    finally:
+        new.unlink()
+
+
+def test_networks_are_trained_on_the_runs_images_or_on_more_classes(searched, tmp_path, monkeypatch):
+    root, run, _ = searched
+    loaded = []
+    load = folder.load
+    monkeypatch.setattr(folder, "load", lambda *given: (loaded.append(load(*given)), loaded[-1])[1])
+    fast = ["--epochs", "1", "--batch-size", "8", "--workers", "0", "--device", "cpu"]
+    train.main([str(run / "A0.json"), *fast, "--init", "inherit", "--out", str(tmp_path / "same")])
+    assert sorted(names(loaded[1])) == sorted(json.loads((run / "split.json").read_text())["test"])
+    assert not (tmp_path / "same" / "A0.trained.json").exists()
+    train.main([str(run / "A0.json"), *fast, "--data", str(root), "--classes", "9", "--resolution", "8", "--out",
+                str(tmp_path / "more")])
+    arch = Arch.from_json((tmp_path / "more" / "A0.trained.json").read_text())
+    assert (arch.classes, arch.resolution) == (9, 8)
+    network = derive.Network(arch)
+    network.load_state_dict(torch.load(tmp_path / "more" / "A0.trained.pt", weights_only=True))
+
+
+def test_bad_use_of_a_folder_ends_in_one_line(searched, tmp_path, capsys):
+    root, run, _ = searched
+    out = ["--out", tmp_path / "run"]
+    for argv, says in (([], "; --skip-broken leaves out"), (["--classes", "11"], "11 are needed"),
+                       (["--data", "fake", "--classes", "3"], "--classes is for a folder"),
+                       (["--data", "fake", "--resolution", "32"], "--resolution is for a folder"),
+                       (["--workers", "-1"], "--workers"), (["--classes", "1"], "--classes"),
+                       (["--data", root / "nowhere"], "nor a folder")):
+        refused(search.main, ["--data", root, *SHORT, *out, *argv], says, capsys)
+    refused(train.main, [run / "A0.json", "--init", "inherit", "--classes", "5"], "is for 3 channels and 4", capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_says_how_many_workers_are_needed_and_checks_nothing(searched, tmp_path, capsys, monkeypatch):
+    root, _, bad = searched
+    (root / bad).rename(tmp_path / "bad")
+    monkeypatch.setattr(folder, "check", lambda *given: pytest.fail("checked"))
+    search.main(["--data", str(root), *SHORT, "--stages", "1", "--dry-run", "--out", str(tmp_path / "run")])
+    (tmp_path / "bad").rename(root / bad)
+    assert "ms an image in one worker; the fastest step needs" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("available", [1, 3, 64])
+def test_workers_are_as_many_as_cores_up_to_eight(available, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(available)), raising=False)
+    assert folder.cores() == min(8, available)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert folder.cores() == min(8, max(1, available // 4))
+
+
+def test_flags_of_a_folder_have_the_spaces_resolution(tmp_path):
+    write(tmp_path, "ab")
+    for space, resolution in (("paper", 224), ("small", 32)):
+        args = flags.parser().parse_args(["--data", str(tmp_path), "--space", space])
+        assert flags.images(flags.parser(), args, "train").resolution == resolution
