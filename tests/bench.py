@@ -31,14 +31,14 @@ from space import SPACES, round8
 from supernet import SuperNet, require_grad
 
 
-def timed(variants, repeats):
-    """Median seconds of each function in the dict `variants`, called in turns; two calls each to warm up."""
+def timed(variants, repeats, warm=2):
+    """Median seconds of each function in the dict `variants`, called in turns; `warm` calls each to warm up."""
     times = {name: [] for name in variants}
-    for n in range(repeats + 2):
+    for n in range(repeats + warm):
         for name, call in variants.items():
             clock = time.perf_counter()
             call()
-            if n >= 2:
+            if n >= warm:
                 times[name].append(time.perf_counter() - clock)
     return {name: statistics.median(values) for name, values in times.items()}
 
@@ -148,18 +148,18 @@ def two_networks(steps):
 def two_paths_against_all(stage, repeats, batch, size):
     steps = Steps(SPACES["paper"][stage], batch, size)
     times = timed({"two": lambda: steps.update(steps.two_paths), "all": lambda: steps.update(steps.every_path)},
-                  repeats)
+                  repeats, warm=1)
     drawn = statistics.median(memory(steps, steps.two_paths) for _ in range(repeats))
     return [(f"images/s, two paths over all, paper's A{stage}", times["all"] / times["two"], ">= 4", repeats),
             (f"memory, two paths over all, paper's A{stage}", drawn / memory(steps, steps.every_path), "<= 0.25",
              repeats)]
 
 
-def overheads(name, space, repeats, batch, size, channels):
-    """Over several drawn paths, since their costs differ."""
+def overheads(name, space, paths, repeats, batch, size, channels):
+    """Over several drawn `paths`, since their costs differ."""
     ratios, taught, steps = [], [], Steps(space, batch, size, channels)
     teacher = Network(arch(steps.net, [(0, 0, 0)] * len(space.blocks))).eval()
-    for _ in range(5):
+    for _ in range(paths):
         path, plain = two_networks(steps)
         steps.net.sample = lambda tau, generator, path=path: path
         times = timed({"two": lambda: steps.update_two(), "plain": plain,
@@ -167,8 +167,8 @@ def overheads(name, space, repeats, batch, size, channels):
         del steps.net.sample
         ratios.append(times["two"] / times["plain"])
         taught.append(times["taught"] / times["two"])
-    return [(f"a step over its two networks alone, {name}", statistics.median(ratios), "<= 1.15", 5 * repeats),
-            (f"a step with distillation over without, {name}", statistics.median(taught), "<= 1.25", 5 * repeats)]
+    return [(f"a step over its two networks alone, {name}", statistics.median(ratios), "<= 1.15", paths * repeats),
+            (f"a step with distillation over without, {name}", statistics.median(taught), "<= 1.25", paths * repeats)]
 
 
 def loading(repeats):
@@ -180,11 +180,11 @@ def loading(repeats):
     times = timed({"batch": lambda: next(batches), "step": lambda: steps.update_two()},
                   10 * repeats)
     return [("batches/s of data.py over steps/s of A0", times["step"] / times["batch"], ">= 20", 10 * repeats),
-            ("share outside forward, backward, optimiser, A0", outside(loader, parts), "<= 0.05", 1)]
+            ("share outside forward, backward, optimiser, A0", statistics.median(outside(loader, parts) for _ in range(repeats)), "<= 0.05", repeats)]
 
 
 def outside(loader, parts):
-    """The share of a twentieth of an epoch that is neither forward nor backward nor optimiser."""
+    """The share of a twentieth of an epoch that is neither forward (with the loss), backward nor optimiser."""
     inside = []
 
     def watched(call):
@@ -198,13 +198,15 @@ def outside(loader, parts):
     net = SuperNet(SPACES["small"][0]._replace(resolution=28), 1, 10)
     sgd, adam = search.optimisers(net, args)
     net.forward, sgd.step, adam.step = watched(net.forward), watched(sgd.step), watched(adam.step)
+    sgd.zero_grad = watched(sgd.zero_grad)
     backward, torch.Tensor.backward = torch.Tensor.backward, watched(torch.Tensor.backward)
+    loss, search.distill.loss = search.distill.loss, watched(search.distill.loss)
     clock = time.perf_counter()
     run = {"step": 0, "means": {}, "alphas": [], "skipped": []}
     for _ in search.train_stage(net, None, sgd, adam, loader, parts, args, run, []):
         pass
     whole = time.perf_counter() - clock
-    torch.Tensor.backward = backward
+    torch.Tensor.backward, search.distill.loss = backward, loss
     return 1 - sum(inside) / whole
 
 
@@ -236,13 +238,12 @@ def main(argv=None):
     p.add_argument("--quick", action="store_true", help="fewer repeats and smaller images: within a minute")
     p.add_argument("--out", type=Path, default=Path("bench.json"))
     args = p.parse_args(argv)
-    repeats, size = (3, 32) if args.quick else (9, 96)
+    repeats, size, paths, batch = (2, 48, 2, 4) if args.quick else (9, 96, 5, 16)
     torch.manual_seed(0)
-    batch = 2 if args.quick else 4
-    rows = [*two_paths_against_all(0, repeats, batch, size), *two_paths_against_all(4, repeats, batch, size),
-            *overheads("small A4", SPACES["small"][4], repeats, 32, 28, 1),
-            *overheads("paper's A4", SPACES["paper"][4], repeats, batch, size, 3),
-            *loading(repeats), *growth(max(1, repeats // 3)), *linearity(repeats, size)]
+    rows = [*two_paths_against_all(0, repeats, 4, size), *two_paths_against_all(4, repeats, 4, size),
+            *overheads("small A4", SPACES["small"][4], paths, repeats, 32, 28, 1),
+            *overheads("paper's A4", SPACES["paper"][4], paths, repeats, batch, size, 3),
+            *loading(repeats), *growth(max(1, repeats // 3)), *linearity(repeats if args.quick else 2 * repeats, size)]
     machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
                "torch": torch.__version__, "quick": args.quick}
     print(f"{'measured':<58}{'found':>9}  must reach     n")
