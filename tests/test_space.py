@@ -233,7 +233,7 @@ def test_a_write_cut_short_leaves_the_old_file_whole(tmp_path, monkeypatch):
     path.write_bytes(b"old")
 
     def fail(*_):
-        raise OSError("no space left on device")
+        raise OSError(28, "no space left on device")
     monkeypatch.setattr(files.os, "fsync", fail)
     with pytest.raises(OSError, match="no space"):
         write(path, b"new" * 1000)
