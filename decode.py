@@ -64,7 +64,7 @@ class Decoder(Dataset):
         self.root, self.names, self.labels = images.root, images.names, images.labels
         self.resolution = images.resolution
         self.augment = v2.Compose([v2.RandomResizedCrop(self.resolution), v2.RandomHorizontalFlip(),
-                                   v2.PILToTensor(), v2.ColorJitter(0.4, 0.4, 0.4)])
+                                   v2.ColorJitter(0.4, 0.4, 0.4), v2.PILToTensor()])
 
     def image(self, i, seed=None):
         """Image i as (3, R, R) uint8: augmented by draws of `seed`, or without one as it is evaluated.

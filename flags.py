@@ -104,6 +104,13 @@ def images(p, args, part, run=None, checked=True):
         return processes.first(p.error, f"--data {args.data}: {error}")
 
 
+def targets(args):
+    """The MACs of each stage's network by default: Table 3's (or the like for our space), as the pixels of a folder go."""
+    native = SPACES[args.space][0].resolution
+    pixels = native if args.data in data.NAMES else args.resolution or RESOLUTION[args.space]
+    return [target * (pixels / native) ** 2 for target in flops.TARGETS[args.space]]
+
+
 def one_line(parser):
     """Let `parser` end a user's mistake in one line on stderr, with exit status 2, and without its usage."""
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
@@ -173,7 +180,7 @@ def settings(p, argv):
         p.error(f"--out {args.out} holds something already: choose another folder, or add --resume")
     for key, value in DEFAULTS[args.space].items():
         setattr(args, key, getattr(args, key) or value)
-    args.flops_target = args.flops_target or list(flops.TARGETS[args.space])
+    args.flops_target = args.flops_target or targets(args)
     for key in ("epochs", "flops_target"):
         values = getattr(args, key)
         if len(values) == 1:
