@@ -322,6 +322,18 @@ def test_compound_scaling_fits_its_budget_and_grows_all_rows_alike():
         derive.scale(arch, 1, macs(arch) - 1)
 
 
+def test_compound_scaling_begins_at_the_network_itself_and_goes_in_the_steps_of_its_table():
+    space, g = SPACES["paper"][0], seeded(1)
+    rows = [b for b in space.blocks if not b.residual]
+    for _ in range(20):                                                   # widths of 12, 20, 28 among them
+        arch = chosen(space, random_options(space, g), 3, 1000)
+        assert derive.scale(arch, 2, macs(arch)) == arch._replace(stage=2)
+        n = -1
+        for block in derive.scale(arch, 2, 2 * macs(arch)).blocks:
+            n += not block.residual
+            assert (block.out - rows[n].widths[0]) % (rows[n].widths[1] - rows[n].widths[0]) == 0
+
+
 def test_a_runs_supernet_opens_as_it_was_saved(tmp_path):
     net = settle(SuperNet(SPACES["small"][1]._replace(resolution=32), 3, 7, seeded()))
     (tmp_path / "A1.json").write_text(derive.derive(net).to_json())
