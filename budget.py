@@ -3,8 +3,9 @@
 A network is a chain of choices, and what a block costs depends on its own choices and the width before
 it. So for a given price of a MAC the best network, the one of the largest log-likelihood - price x MACs,
 is found exactly by dynamic programming over the widths, the price that meets a budget by bisection, and
-what it misses by a short search.
+what it misses by a short search. The same goes for parameters and for time: one mechanism, three costs.
 
+Costs are whole numbers (MACs, parameters, nanoseconds), so that sums of them are exact in any order.
 log_p: for each block the log-probabilities (operations,), (expansions,), (widths,), float64; table: `flops.Costs`.
 """
 import numpy as np
@@ -142,3 +143,36 @@ def cheapest_ends(table):
     for cost in reversed(table.blocks):
         ends.append((cost + ends[-1]).amin((1, 2, 3)))
     return ends[::-1]
+
+
+def choose(spaces, budget, show, near=False):
+    """The network for a budget from several stages: (lost, which, (options, log-likelihood, cost)).
+
+    spaces: (log_p, table) of each stage. Log-likelihoods of different spaces do not compare. What the budget
+    takes from a stage's most likely network does, in nats: the stage that loses the least (of equals the last)
+    searched networks of this size.
+    near: not the most likely within the budget, but what comes nearest to it from below at a price, even a
+    negative one. ValueError, with the bounds as `show` writes them, for a budget that no network meets, or
+    every one does.
+    """
+    best, ends = None, []
+    for which, (log_p, table) in enumerate(spaces):
+        ends += bounds(table)
+        if not ends[-2] <= budget <= ends[-1]:
+            continue
+        found = bisect(log_p, table, budget, -1e3 / budget)[1] if near else most_likely(log_p, table, budget)
+        lost = viterbi(log_p, table, 0.0)[1] - found[1]
+        if best is None or lost <= best[0]:
+            best = lost, which, found
+    if best is None:
+        raise ValueError(f"{show(budget)} is out of reach: networks have {show(min(ends))} to "
+                         f"{show(max(ends))}")
+    return best
+
+
+def alternatives(log_p, table, budget, count):
+    """Up to `count` of the most likely networks near and within a budget, as `viterbi` gives one, best first."""
+    first = most_likely(log_p, table, budget)
+    price = 0.0 if viterbi(log_p, table, 0.0)[2] <= budget else bisect(log_p, table, budget, 0.0)[0]
+    others = viterbi_list(log_p, table, price, 4 * count)
+    return [first, *(n for n in others if n[2] <= budget and n[0] != first[0])][:count]

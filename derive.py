@@ -1,6 +1,7 @@
-"""From a supernet to a network: its most likely one, or the most likely under any FLOPs budget (Table 3).
+"""From a supernet to a network: its most likely one, or the most likely under any budget (Table 3).
 
     python derive.py runs/001 --flops 2M
+    python derive.py runs/001 --latency 2ms      # measured here, for one image
 
 A network is a chain of choices, and what a block costs depends on its own choices and the width before
 it: so the most likely one under a budget is found exactly, and in milliseconds (budget.py).
@@ -8,9 +9,11 @@ it: so the most likely one under a budget is found exactly, and in milliseconds 
 import argparse
 import itertools
 import json
-import pickle
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")          # as in train.py: bearable beside other work
 
 import numpy as np
 import torch
@@ -20,7 +23,8 @@ from torch import nn
 import data
 import files
 import flags
-from budget import bisect, most_likely, viterbi, viterbi_list
+import latency
+from budget import alternatives, choose, most_likely, viterbi
 from flops import amount, bounds, costs, expected, macs, params
 from ops import InvertedResidual, add_residual, conv, norm
 from space import CANDIDATES, SPACES, Arch, ArchBlock, round8
@@ -120,8 +124,9 @@ def scale(arch, stage, target):
     `target` MACs.
 
     The paper leaves its multiplier open: depth 1.2^phi and width 1.1^phi, EfficientNet's (Tan and Le
-    2019), with the largest phi (in steps of 0.05) that fits; stem, head and resolution stay. ValueError
-    if none does.
+    2019), with the largest phi (in steps of 0.05) that fits; stem, head and resolution stay. Widths go in
+    the steps of the space's own table, so that phi = 0 is `arch` itself. Rows of equal depth get a block at
+    the same phi, so the last steps may leave much of the target unused. ValueError if not even `arch` fits.
     """
     best, phi = None, 0.0
     while (scaled := _scaled(arch, stage, 1.2 ** phi, 1.1 ** phi)) and macs(scaled) <= target:
@@ -134,15 +139,16 @@ def scale(arch, stage, target):
 def _scaled(arch, stage, depth, width):
     """`arch` with every row's depth and every block's widths multiplied; a row's last block is repeated."""
     rows, blocks = [], []
+    steps = [b.widths[1] - b.widths[0] for b in SPACES[arch.space][arch.stage].blocks if not b.residual]
     for block in arch.blocks:
         if not block.residual:
             rows.append([])
         rows[-1].append(block)
-    for row in rows:
+    for row, step in zip(rows, steps, strict=True):
         row += [row[-1]._replace(stride=1, residual=True, expand=True)] * (round(len(row) * depth) - len(row))
         for b in row:
             hidden = round8(b.hidden * width) if b.expand else blocks[-1].out if blocks else arch.stem
-            blocks.append(b._replace(hidden=hidden, out=round8(b.out * width)))
+            blocks.append(b._replace(hidden=hidden, out=int(b.out * width / step + 0.5) * step))
     return arch._replace(stage=stage, blocks=tuple(blocks))
 
 
@@ -187,40 +193,8 @@ def open_supernet(folder, stage):
     found = Arch.from_json((folder / f"A{stage}.json").read_text())
     space = SPACES[found.space][found.stage]._replace(resolution=found.resolution)
     supernet = SuperNet(space, found.in_channels, found.classes)
-    supernet.load_state_dict(torch.load(folder / f"A{stage}.pt", map_location="cpu", weights_only=True))
+    supernet.load_state_dict(files.load(folder / f"A{stage}.pt"))
     return supernet
-
-
-def choose(supernets, cost, budget, near=False):
-    """The network for a budget from several stages: (lost, supernet, (options, log-likelihood, cost)).
-
-    Log-likelihoods of different spaces do not compare. What the budget takes from a stage's most likely
-    network does, in nats: the stage that loses the least (of equals the last) searched networks of this size.
-    near: not the most likely within the budget, but what comes nearest to it from below at a price, even a
-    negative one. ValueError, with the bounds, for a budget that no network meets or every one.
-    """
-    best, ends = None, []
-    for supernet in supernets:
-        log_p, table = log_probabilities(supernet), space_costs(supernet, cost)
-        ends += bounds(table)
-        if not ends[-2] <= budget <= ends[-1]:
-            continue
-        found = bisect(log_p, table, budget, -1e3 / budget)[1] if near else most_likely(log_p, table, budget)
-        lost = viterbi(log_p, table, 0.0)[1] - found[1]
-        if best is None or lost <= best[0]:
-            best = lost, supernet, found
-    if best is None:
-        raise ValueError(f"{budget:,.0f} is out of reach: networks have {min(ends):,.0f} to {max(ends):,.0f} {cost}")
-    return best
-
-
-def alternatives(supernet, cost, budget, count):
-    """Up to `count` of the most likely networks near and within a budget, as `choose` gives one, best first."""
-    log_p, table = log_probabilities(supernet), space_costs(supernet, cost)
-    first = most_likely(log_p, table, budget)
-    price = 0.0 if viterbi(log_p, table, 0.0)[2] <= budget else bisect(log_p, table, budget, 0.0)[0]
-    others = viterbi_list(log_p, table, price, 4 * count)
-    return [first, *(n for n in others if n[2] <= budget and n[0] != first[0])][:count]
 
 
 def parser():
@@ -232,6 +206,9 @@ def parser():
     g = p.add_mutually_exclusive_group(required=True)
     g.add_argument("--flops", type=amount, metavar="F", help="a budget of MACs, as in 2M; suffixes k, M, G")
     g.add_argument("--params", type=amount, metavar="P", help="a budget of parameters, as in 100k")
+    g.add_argument("--latency", type=latency.duration, metavar="T", help="a budget of time for one "
+                   "image on this machine's CPU, as in 2ms; suffixes us, ms, s. What layers take is measured, and "
+                   "kept in the run's latency.json")
     g.add_argument("--points", type=int, choices=range(2, 1001), metavar="N",
                    help="the front: N networks from the cheapest to the dearest, each measured (2 to 1000)")
     p.add_argument("--refine", type=int, choices=range(1, 1001), default=1, metavar="N",
@@ -247,7 +224,7 @@ def main(argv=None):
         settings = json.loads((args.run / "args.json").read_text())
         stages = [k for k in range(5) if (args.run / f"A{k}.pt").exists() and args.stage in (None, k)]
         supernets = [open_supernet(args.run, k) for k in stages]
-    except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         p.error(f"{args.run} is not the folder of a run ({str(error).splitlines()[0]})")
     if 0 in (args.flops, args.params):
         p.error("a budget must be above 0")
@@ -258,33 +235,60 @@ def main(argv=None):
         parts = data.split(images.labels, settings["seed"])
         loader = images.loader(images.statistics(parts[0]), settings["batch_size"])
     if args.points:
-        ends = [end for supernet in supernets for end in bounds(space_costs(supernet))]
-        rows = []
+        spaces = [(log_probabilities(supernet), space_costs(supernet)) for supernet in supernets]
+        ends, rows = [end for _, table in spaces for end in bounds(table)], []
         for budget in np.geomspace(min(ends), max(ends), args.points):
-            lost, supernet, found = choose(supernets, "macs", min(max(budget, min(ends)), max(ends)), near=True)
+            _, which, found = choose(spaces, min(max(budget, min(ends)), max(ends)), str, near=True)
+            supernet = supernets[which]
             right = measure(arch(supernet, found[0]), supernet, loader, parts, settings["seed"])[1]
             rows.append(told(supernet, found, right))
         path, content = args.out or args.run / "points.json", json.dumps(rows, indent=1) + "\n"
     else:
-        cost, budget = ("macs", args.flops) if args.flops else ("params", args.params)
+        budget = args.flops or args.params or args.latency
         try:
-            lost, supernet, found = choose(supernets, cost, budget)
-        except ValueError as error:
+            if args.latency:
+                show, name = latency.show, f"latency-{budget / 1e6:g}ms"
+                tables = measured_costs(supernets, args.run / "latency.json")
+            else:
+                name, cost = ("flops", "macs") if args.flops else ("params", "params")
+                show, name = f"{{:,.0f}} {cost}".format, f"{name}-{budget:.0f}"
+                tables = [space_costs(supernet, cost) for supernet in supernets]
+            spaces = list(zip(map(log_probabilities, supernets), tables))
+            lost, which, found = choose(spaces, budget, show)
+        except (OSError, ValueError) as error:
             p.error(str(error))
+        supernet = supernets[which]
         if args.refine > 1:
             ranked = []
-            for candidate in alternatives(supernet, cost, budget, args.refine):
+            for candidate in alternatives(*spaces[which], budget, args.refine):
                 right = measure(arch(supernet, candidate[0]), supernet, loader, parts, settings["seed"])[1]
                 told(supernet, candidate, right)
                 ranked.append((right, candidate))
             found = max(ranked, key=lambda pair: pair[0])[1]
             print("best:")
         told(supernet, found)
+        if args.latency:
+            whole, = latency.measure_networks([Network(arch(supernet, found[0]))])
+            print(f"{show(found[2])} by its layers, {show(whole)} measured as a whole")
         print(f"{100 * (1 - found[2] / budget):.2f} % under the budget; it costs {lost:.2f} nats of likelihood")
-        name = f"{'flops' if args.flops else 'params'}-{budget:.0f}.json"
-        path, content = args.out or args.run / name, arch(supernet, found[0]).to_json()
+        path, content = args.out or args.run / f"{name}.json", arch(supernet, found[0]).to_json()
     files.write(path, content)
     print(f"written: {path}")
+
+
+def measured_costs(supernets, file):
+    """The `flops.Costs` of each supernet's space in nanoseconds, by `latency.tables`, kept in `file`. Prints how
+    well they tell the times of random networks.
+    """
+    def network(which, options):
+        return Network(arch(supernets[which], options))
+    tables = latency.tables([s.space for s in supernets], supernets[0].stem.in_channels,
+                            supernets[0].classifier.out_features, network, file)
+    sums, whole = latency.sample(tables, network, 1)
+    median, largest, correlation = latency.error(sums, whole)
+    print(f"{len(sums)} random networks: times by their layers are off by {median:.1%} (median), {largest:.1%} at "
+          f"most; correlation with the measured ones {correlation:.3f}", flush=True)
+    return tables
 
 
 def told(supernet, found, right=None):

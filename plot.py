@@ -75,14 +75,14 @@ def table(summary):
 
 def measured(file):
     """The rows of a summary.json or trained.json, none if it is not there, whose accuracy was measured:
-    [(name, MACs in M, parameters in M, accuracy in %), ..].
+    [(name, init, MACs in M, parameters in M, accuracy in %), ..]; init is train.py's, or "scratch".
     """
     if not file.exists():
         return []
     with reading(file):
         rows = [row for row in json.loads(file.read_text()) if row["accuracy"] is not None]
-        return [(str(row.get("name", f"A{row['stage']}")), row["flops"] / 1e6, row["params"] / 1e6,
-                 100 * row["accuracy"]) for row in rows]
+        return [(str(row.get("name", f"A{row['stage']}")), str(row.get("init", "scratch")), row["flops"] / 1e6,
+                 row["params"] / 1e6, 100 * row["accuracy"]) for row in rows]
 
 
 def experiments(runs):
@@ -121,17 +121,21 @@ class Line(NamedTuple):
 
 
 def curves(runs):
-    """([`Line`, ..], {name: array (n, 3)}): the lines of `runs`, and other networks in their trained.json."""
+    """([`Line`, ..], {name: array (n, 3)}): the lines of `runs`, and other networks in their trained.json.
+
+    Networks that were trained from the supernet's weights are a line of their own.
+    """
     lines, others = [], {}
     for (label, folders), file in itertools.product(experiments(runs).items(), FILES):
-        points = {}
-        for name, *point in (row for run in folders for row in measured(run / file)):
+        inits = {}
+        for name, init, *point in (row for run in folders for row in measured(run / file)):
             if re.fullmatch("A[0-4]", name):
-                points.setdefault(name, []).append(point)
+                inits.setdefault(init, {}).setdefault(name, []).append(point)
             elif point not in others.setdefault(name, []):          # several runs may hold the same network
                 others[name].append(point)
-        if points:
-            lines.append(Line(label, file, {name: np.array(points[name]) for name in sorted(points)}))
+        for init, points in sorted(inits.items(), reverse=True):
+            lines.append(Line(label if init == "scratch" else f"{label}, {init}", file,
+                              {name: np.array(points[name]) for name in sorted(points)}))
     return lines, {name: np.array(points) for name, points in others.items()}
 
 
@@ -258,7 +262,7 @@ def architectures(run, path):
     """The networks A0..A4 of `run`, a folder, into `path`: a row a network, a box a block, as high as its
     output is wide. Blocks of one row of the paper's tables stand together. Returns the figure.
     """
-    found, macs = networks(run), {name: flops for name, flops, *_ in measured(Path(run) / "summary.json")}
+    found, macs = networks(run), {name: flops for name, _, flops, *_ in measured(Path(run) / "summary.json")}
     every = [b for blocks in found.values() for b in blocks]
     columns, pixels = sorted({b["column"] for b in every}), {b["column"]: b["pixels"] for b in every}
     step, tall, widest = min(0.6, max(0.29, 5.5 / len(columns))), 0.6, max(b["out"] for b in every)

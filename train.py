@@ -1,6 +1,7 @@
 """Training a derived network, or all of a run, from scratch or from the supernet's weights (Experiments).
 
     python train.py runs/001                     # A0.json, A1.json, .. of a run, then the curve
+    python train.py runs/001 --init inherit      # from the supernet's weights; says how many epochs that saves
     python train.py runs/001/A3.json --export net.pt2
     torchrun --nproc_per_node 8 train.py runs/001         # a process a GPU, each on its share of every batch
 
@@ -59,7 +60,10 @@ def train(network, loader, index, tester, test_index, args, name, stage, checkpo
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
     rows, epoch_length = [], len(index) // args.batch_size
     if args.resume and processes.first(checkpoint.exists):
-        saved = files.unpack(processes.first(checkpoint.read_bytes), checkpoint, loader.device)
+        try:
+            saved = files.unpack(processes.first(checkpoint.read_bytes), checkpoint, loader.device)
+        except ValueError as error:
+            raise SystemExit(f"train.py: {error}; delete it, and {name} is trained anew") from None
         network.load_state_dict(saved["network"])
         average.load_state_dict(saved["average"])
         sgd.load_state_dict(saved["sgd"])
@@ -128,6 +132,21 @@ def export(network, file):
         moved = float((torch.export.load(file).module()(x) - network(x)).abs().max())
     if moved > 1e-4:
         raise ValueError(f"the logits of {file} differ by {moved:.1e} from the network's")
+
+
+def saving(rows, name):
+    """What the supernet's weights save network `name`, in words; None unless `rows` have it trained both ways.
+
+    A cosine's last epochs are its best: the epochs of two schedules of the same length are compared.
+    """
+    both = {row["init"]: row["epochs"] for row in rows if row["name"] == name}
+    if len(both) < 2:
+        return None
+    goal, n = both["scratch"][-1]["accuracy"], len(both["inherit"])
+    enough = [e["epoch"] + 1 for e in both["inherit"] if e["accuracy"] >= goal]
+    when = f"after {enough[0]} of {n}" if enough else f"not within {n}"
+    return (f"{name} with the supernet's weights reaches {100 * goal:.2f} %, that of {len(both['scratch'])} epochs "
+            f"from scratch, {when} epochs")
 
 
 def parser():
@@ -219,11 +238,11 @@ def check_batch(p, batch_size, images):
         p.error(f"--batch-size {batch_size} does not divide by the {n} processes")
 
 
-def progress(name, checkpoint, rows, resume):
+def progress(label, checkpoint, trained, resume):
     """How far a network is that is to be gone on with: "saved" in an epoch, or "trained"; else None."""
     if not resume:
-        return processes.recall(name)                            # torchrun may have started its processes anew
-    return "saved" if checkpoint.exists() else "trained" if any(row["name"] == name for row in rows) else None
+        return processes.recall(label)                           # torchrun may have started its processes anew
+    return "saved" if checkpoint.exists() else "trained" if trained else None
 
 
 @processes.join()
@@ -256,26 +275,31 @@ def main(argv=None):
         for key, value in DEFAULTS["paper" if arch.space == "paper" else "small"].items():
             setattr(given, key, value if getattr(args, key) is None else getattr(args, key))
         processes.first(check_batch, p, given.batch_size, len(index))
-        checkpoint = out / f"{name}.last.pt"
-        before = processes.first(progress, name, checkpoint, rows, args.resume)
+        label = name if args.init == "scratch" else f"{name}.{args.init}"     # what its files are called
+        checkpoint, mine = out / f"{label}.last.pt", {"name": name, "init": args.init}
+        trained = any(mine.items() <= row.items() for row in rows)
+        before = processes.first(progress, label, checkpoint, trained, args.resume)
         if before == "trained":
             continue
         given.resume = before == "saved"
         loader, tester = (part.loader(stats, given.batch_size, device) for part in (images, test))
         network = initial(arch, given, folder).to(device)
-        network, epochs = train(network, loader, index, tester, test_index, given, name, arch.stage, checkpoint)
+        network, epochs = train(network, loader, index, tester, test_index, given, label, arch.stage, checkpoint)
         if args.validate or processes.share()[0]:
             continue                                        # of many processes the first writes
-        row = {"name": name, "stage": arch.stage, "flops": flops.macs(arch), "params": flops.params(arch),
+        row = mine | {"stage": arch.stage, "flops": flops.macs(arch), "params": flops.params(arch),
                "accuracy": epochs[-1]["accuracy"], "seconds": sum(e["seconds"] for e in epochs),
-               "init": args.init, "seed": args.seed, "epochs": epochs}
-        rows = sorted([r for r in rows if r["name"] != name] + [row], key=lambda r: r["name"])
-        processes.save(out / f"{name}.trained.pt", network.state_dict())
+               "seed": args.seed, "epochs": epochs}
+        rows = sorted([r for r in rows if not mine.items() <= r.items()] + [row],
+                      key=lambda r: (r["name"], r["init"]))
+        processes.save(out / f"{label}.trained.pt", network.state_dict())
         if arch != searched:
-            processes.save(out / f"{name}.trained.json", arch.to_json())
+            processes.save(out / f"{label}.trained.json", arch.to_json())
         processes.save(results, json.dumps(rows, indent=1) + "\n")
         checkpoint.unlink()
-        processes.note(name, "trained")
+        processes.note(label, "trained")
+        if says := saving(rows, name):
+            print(says, flush=True)
         if args.export:
             export(network, args.export)
             print(f"exported: {args.export}")

@@ -29,6 +29,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import derive
+from budget import most_likely, viterbi, viterbi_list
 from derive import Network, inherit, space_costs
 from space import SPACES, Arch
 from supernet import CHOICES, SuperNet
@@ -87,7 +88,7 @@ def test_viterbi_finds_the_best_network_at_a_price(price):
     for seed in range(3):
         net = supernet(seed=seed)
         likelihood, cost = everything(net)
-        options, found, total = derive.viterbi(derive.log_probabilities(net), space_costs(net), price)
+        options, found, total = viterbi(derive.log_probabilities(net), space_costs(net), price)
         best = np.unravel_index((likelihood - price * cost).argmax(), cost.shape)
         assert options == as_options(best)
         assert found == pytest.approx(likelihood[best]) and total == cost[best]
@@ -98,7 +99,7 @@ def test_the_list_of_viterbi_is_the_best_networks_in_order(price):
     net = supernet(seed=4)
     likelihood, cost = everything(net)
     score = likelihood - price * cost
-    found = derive.viterbi_list(derive.log_probabilities(net), space_costs(net), price, 200)
+    found = viterbi_list(derive.log_probabilities(net), space_costs(net), price, 200)
     values = [value - price * total for _, value, total in found]
     assert values == pytest.approx(np.sort(score.ravel())[:-201:-1])
     assert len({tuple(options) for options, _, _ in found}) == 200
@@ -122,7 +123,7 @@ def test_under_a_budget_no_network_is_more_likely(spread):
         for budget in (*np.linspace(cost.min(), cost.max(), 12), cost.min() + 1, np.sort(cost.ravel())[1000]):
             arch = derive.derive(net, flops=float(budget))
             assert macs(arch) <= budget
-            options, value, total = derive.most_likely(log_p, table, float(budget))
+            options, value, total = most_likely(log_p, table, float(budget))
             assert chosen(TINY, options) == arch and total == macs(arch)
             assert value == pytest.approx(likelihood[cost <= budget].max(), abs=1e-9)
             assert likelihood[sum(options, ())] == pytest.approx(value, abs=1e-9)
@@ -148,10 +149,10 @@ def test_in_a_large_space_a_budget_is_kept_and_no_cheaper_network_found_is_more_
     log_p, table = derive.log_probabilities(net), space_costs(net)
     free = macs(derive.derive(net))
     for share in (0.5, 0.7, 0.9):
-        options, value, _ = derive.most_likely(log_p, table, share * free)
+        options, value, _ = most_likely(log_p, table, share * free)
         assert macs(chosen(space, options)) <= share * free and value == pytest.approx(likelihood(options))
         for price in np.geomspace(1e-3, 1e2, 60) / free:                # what a price alone finds
-            other, found, total = derive.viterbi(log_p, table, price)
+            other, found, total = viterbi(log_p, table, price)
             assert total > share * free or found <= value + 1e-9
         for _ in range(300):                                            # one choice changed
             other, n = list(options), int(torch.randint(len(options), (1,), generator=g))
@@ -320,6 +321,18 @@ def test_compound_scaling_fits_its_budget_and_grows_all_rows_alike():
     assert sizes == sorted(sizes) and sizes[0] == macs(arch) and sizes[-1] > 2 * macs(arch)
     with pytest.raises(ValueError, match="does not fit"):
         derive.scale(arch, 1, macs(arch) - 1)
+
+
+def test_compound_scaling_begins_at_the_network_itself_and_goes_in_the_steps_of_its_table():
+    space, g = SPACES["paper"][0], seeded(1)
+    rows = [b for b in space.blocks if not b.residual]
+    for _ in range(20):                                                   # widths of 12, 20, 28 among them
+        arch = chosen(space, random_options(space, g), 3, 1000)
+        assert derive.scale(arch, 2, macs(arch)) == arch._replace(stage=2)
+        n = -1
+        for block in derive.scale(arch, 2, 2 * macs(arch)).blocks:
+            n += not block.residual
+            assert (block.out - rows[n].widths[0]) % (rows[n].widths[1] - rows[n].widths[0]) == 0
 
 
 def test_a_runs_supernet_opens_as_it_was_saved(tmp_path):

@@ -132,6 +132,22 @@ def test_open_marks_for_the_supernets_weights_and_filled_for_trained(unsaved, tm
         assert (line.get_markerfacecolor() == line.get_color()) == filled
 
 
+def test_networks_from_inherited_weights_are_a_line_of_their_own(unsaved, tmp_path):
+    run, rows = make(tmp_path / "run"), []
+    for init, more in (("inherit", 0.05), ("scratch", 0)):
+        rows += [{"name": f"A{n}", "stage": n, "init": init, "flops": 1e6 * (n + 1), "params": 1e5 * (n + 1),
+                  "accuracy": 0.8 + n / 50 + more} for n in range(2)]
+    (run / "trained.json").write_text(json.dumps(rows))
+    figure = plot.curve([run], tmp_path / "curve.png")
+    found, name = drawn(figure.axes[0]), "cst, small, fake"
+    assert list(found) == [name, f"{name}, inherit"]
+    assert [line.get_ydata().tolist() for line, _ in found.values()] == [pytest.approx([80, 82]),
+                                                                         pytest.approx([85, 87])]
+    one, other = ((line.get_color(), line.get_marker()) for line, _ in found.values())
+    assert one[0] != other[0] and one[1] != other[1]
+    assert [t.get_text() for t in figure.legends[0].texts] == [f"{name}, n = 1", f"{name}, inherit, n = 1"]
+
+
 def test_other_networks_are_points_with_their_name(unsaved, tmp_path):
     runs = [make(tmp_path / "a"), make(tmp_path / "b", 1)]
     for run, more in zip(runs, ((("Other", 0, 3e6, 3e5, 0.87),), ())):

@@ -3,6 +3,7 @@
 The oracle is a second run, a reloaded program, or the files that must be there.
 """
 import json
+import re
 
 import pytest
 import torch
@@ -66,6 +67,50 @@ def test_inherited_weights_are_the_supernets(searched):
     assert torch.equal(network.head.weight, supernet.head.weight[:, :arch.blocks[-1].out])
 
 
+def test_a_network_stands_in_the_results_from_scratch_and_from_inherited_weights(searched, tmp_path, capsys):
+    arch, out = str(searched / "A0.json"), ["--out", str(tmp_path)]
+    train.main([arch, *FAST, *out])
+    train.main([arch, *FAST, *out, "--init", "inherit"])
+    rows = json.loads((tmp_path / "trained.json").read_text())
+    assert [(row["name"], row["init"]) for row in rows] == [("A0", "inherit"), ("A0", "scratch")]
+    assert capsys.readouterr().out.count(train.saving(rows, "A0")) == 1
+    one, other = (torch.load(tmp_path / f"{name}.trained.pt", weights_only=True) for name in ("A0", "A0.inherit"))
+    assert not torch.equal(one["head.weight"], other["head.weight"])
+    train.main([arch, *FAST, *out, "--resume"])                                        # both are trained
+    train.main([arch, *FAST, *out, "--resume", "--init", "inherit"])
+    assert "epoch" not in capsys.readouterr().out
+    train.main([arch, *FAST, *out])                                                    # again, and only this
+    assert [row["epochs"] == old["epochs"] for row, old in
+            zip(json.loads((tmp_path / "trained.json").read_text()), rows, strict=True)] == [True, False]
+
+
+def test_what_inherited_weights_save_is_read_from_the_epochs():
+    def row(init, *accuracies):
+        epochs = [{"epoch": n, "accuracy": a} for n, a in enumerate(accuracies)]
+        return {"name": "A3", "init": init, "epochs": epochs}
+    scratch, other = row("scratch", 0.7, 0.9, 0.8), {"name": "A2", "init": "inherit", "epochs": []}
+    says = "A3 with the supernet's weights reaches 80.00 %, that of 3 epochs from scratch, "
+    assert train.saving([scratch, row("inherit", 0.7, 0.8, 0.85)], "A3") == says + "after 2 of 3 epochs"
+    assert train.saving([row("inherit", 0.81), scratch, other], "A3") == says + "after 1 of 1 epochs"
+    assert train.saving([scratch, row("inherit", 0.7, 0.79)], "A3") == says + "not within 2 epochs"
+    assert train.saving([scratch, other], "A3") is None and train.saving([other], "A2") is None
+
+
+def test_an_onnx_file_computes_the_same(searched, tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    file = tmp_path / "net.onnx"
+    train.main([str(searched / "A1.json"), *FAST, "--out", str(tmp_path), "--export", str(file)])
+    network = derive.Network(Arch.from_json((searched / "A1.json").read_text())).eval()
+    network.load_state_dict(torch.load(tmp_path / "A1.trained.pt", weights_only=True))
+    session = onnxruntime.InferenceSession(file)
+    for n in (1, 3):                                                                   # any number of images
+        x = torch.rand(n, 1, 28, 28, generator=data.generator(n))
+        found, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(found), network(x), rtol=1e-4, atol=1e-5)
+
+
 def test_an_exported_program_computes_the_same_without_this_code(searched, tmp_path):
     train.main([str(searched / "A0.json"), *FAST, "--out", str(tmp_path), "--export", str(tmp_path / "net.pt2")])
     network = derive.Network(Arch.from_json((searched / "A0.json").read_text())).eval()
@@ -112,6 +157,11 @@ def test_bad_use_of_train_ends_in_one_line(searched, flags, says, capsys, tmp_pa
     (["RUN", "--flops", "1G"], "out of reach"),
     (["RUN", "--flops", "1M", "--params", "1M"], "--params"),
     (["RUN", "--flops", "1M", "--stage", "4"], "A4"),
+    (["RUN", "--latency", "2"], "--latency"),
+    (["RUN", "--latency", "2M"], "--latency"),
+    (["RUN", "--latency", "1us"], "0.001 ms is out of reach: networks have "),
+    (["RUN", "--latency", "1s"], "1000.000 ms is out of reach: networks have "),
+    (["RUN", "--flops", "1M", "--latency", "1ms"], "--latency"),
     (["RUN", "--points", "1"], "--points"),
     (["RUN", "--flops", "1M", "--refine", "0"], "--refine"),
 ])
@@ -134,6 +184,19 @@ def test_a_budget_gives_a_network_that_keeps_it(searched, tmp_path, capsys):
     derive.main([str(searched), "--flops", "1M", "--refine", "3", "--out", str(tmp_path / "net.json")])
     assert derive.macs(Arch.from_json((tmp_path / "net.json").read_text())) <= 1e6
     assert "best:" in capsys.readouterr().out
+
+
+def test_a_budget_of_time_gives_a_network_whose_layers_keep_it(searched, tmp_path, capsys):
+    supernets = [derive.open_supernet(searched, stage) for stage in (0, 1)]
+    low, high = derive.bounds(derive.measured_costs(supernets, searched / "latency.json")[0])
+    for more in ([], ["--refine", "2"]):
+        capsys.readouterr()
+        derive.main([str(searched), "--latency", f"{(low + high) / 2e6}ms", "--out", str(tmp_path / "net.json"), *more])
+        out = capsys.readouterr().out
+        assert "20 random networks" in out and "layers in" not in out and "measured as a whole" in out
+        assert float(re.search(r"([\d.]+) ms by its layers", out)[1]) <= (low + high) / 2e6 + 1e-3
+        assert ("best:" in out) == bool(more)
+        Arch.from_json((tmp_path / "net.json").read_text())
 
 
 def test_the_front_reaches_from_the_cheapest_to_the_dearest(searched, tmp_path):

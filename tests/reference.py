@@ -1,0 +1,142 @@
+"""Reference points for the curve: torchvision's small networks, trained as train.py trains ours.
+
+    python tests/reference.py runs/001 --targets 0.87M 2.2M 4.7M
+
+MobileNetV3-small, MobileNetV2 and ShuffleNetV2, each at the width that comes nearest to the MACs of a target, as
+rows of DIR/trained.json, which plot.py draws as stars. All flags of train.py hold, with its defaults: the same
+images, recipe, initialisation and seed.
+
+Adapted to 28 x 28 pixels as the small space is: stem of stride 2, two more strides (28, 14, 7, 4), 256 channels
+in the last 1x1 convolution, and depths as they were. MobileNets keep their first and third stride after the stem;
+ShuffleNetV2 goes without its pooling and its last stride.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import MobileNetV2, MobileNetV3, ShuffleNetV2
+from torchvision.models.mobilenetv3 import _mobilenet_v3_conf
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import data
+import flags
+import processes
+import train
+from files import write
+from flops import amount
+from space import SPACES
+from supernet import initialise
+
+HEAD = SPACES["small"][0].head
+TARGETS = (0.87e6, 2.2e6, 4.7e6)                         # about A0's, A2's and A4's
+
+
+def strided(strides):
+    """Of a network's strides after the stem, the first and the third stay."""
+    twos = [n for n, s in enumerate(strides) if s == 2]
+    return [2 if n in (twos[0], twos[2]) else 1 for n in range(len(strides))]
+
+
+def mobilenet_v2(width, channels, classes, dropout):
+    rows = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]
+    rows = [(*row[:3], s) for row, s in zip(rows, strided([row[3] for row in rows]))]
+    network = MobileNetV2(classes, width, rows, dropout=dropout)
+    return refit(network, channels, classes)
+
+
+def mobilenet_v3(width, channels, classes, dropout):
+    rows, _ = _mobilenet_v3_conf("mobilenet_v3_small", width_mult=width)
+    for row, s in zip(rows, strided([row.stride for row in rows])):
+        row.stride = s
+    return refit(MobileNetV3(rows, HEAD, classes, dropout=dropout), channels, classes)
+
+
+def refit(network, channels, classes):
+    """A MobileNet for images of so many channels, with `HEAD` channels behind its last 1x1 convolution."""
+    stem, (last, bn, _) = network.features[0][0], network.features[-1]
+    network.features[0][0] = nn.Conv2d(channels, stem.out_channels, 3, 2, 1, bias=False)
+    network.features[-1][0] = nn.Conv2d(last.in_channels, HEAD, 1, bias=False)
+    network.features[-1][1] = nn.BatchNorm2d(HEAD, bn.eps, bn.momentum)
+    first = next(n for n, m in enumerate(network.classifier) if isinstance(m, nn.Linear))
+    network.classifier[first] = nn.Linear(HEAD, network.classifier[first].out_features)
+    return network
+
+
+def shufflenet_v2(width, channels, classes, dropout):
+    """It has no dropout. Its stages' channels are even numbers."""
+    network = ShuffleNetV2([4, 8, 4], [24, *(2 * round(c * width / 2) for c in (116, 232, 464)), HEAD], classes)
+    network.conv1[0] = nn.Conv2d(channels, 24, 3, 2, 1, bias=False)
+    network.maxpool = nn.Identity()
+    for layer in (network.stage4[0].branch1[0], network.stage4[0].branch2[3]):
+        layer.stride = (1, 1)
+    return network
+
+
+BUILDERS = {"MobileNetV3-small": mobilenet_v3, "MobileNetV2": mobilenet_v2, "ShuffleNetV2": shufflenet_v2}
+
+
+def macs(network, channels, pixels):
+    """Multiply-accumulates of one image, by PyTorch's counter: not by flops.py."""
+    device = next(network.parameters()).device
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network.eval()(torch.zeros(1, channels, pixels, pixels, device=device))
+    return counter.get_total_flops() // 2
+
+
+def nearest(build, target, channels, pixels, classes, dropout=0.0):
+    """(width, network, MACs): the one whose MACs are nearest to `target`, of the widths 0.02, 0.04, .. 1.5."""
+    def count(n):
+        with torch.device("meta"):                       # shapes are enough to count
+            return macs(build(n / 50, channels, classes, dropout), channels, pixels)
+    low, high = 1, 75
+    while high - low > 1:                                # wider is dearer
+        middle = (low + high) // 2
+        low, high = (middle, high) if count(middle) < target else (low, middle)
+    n = min(low, high, key=lambda n: abs(count(n) - target))
+    return n / 50, build(n / 50, channels, classes, dropout), count(n)
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(prog="reference.py", description=__doc__, epilog="further flags: train.py --help",
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = lambda message: p.exit(2, f"reference.py: {message}\n")
+    p.add_argument("dir", type=Path, metavar="DIR", help="folder of trained.json, such as a run's")
+    p.add_argument("--targets", type=amount, nargs="+", default=TARGETS, metavar="F", help="MACs (0.87M 2.2M 4.7M)")
+    own, rest = p.parse_known_args(argv)
+    args = train.parser().parse_args([str(own.dir), *rest])
+    for key, value in train.DEFAULTS["small"].items():
+        setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
+    args.data = args.data or "fashion"
+    images, test = (flags.images(p, args, part) for part in ("train", "test"))
+    device, index = processes.choose_device(p, args.device), torch.arange(len(images.labels))
+    args.autocast = device.type == "cuda" if args.autocast is None else args.autocast
+    stats, channels, pixels = images.statistics(index), images.channels, images.resolution
+    loader, tester = (part.loader(stats, args.batch_size, device) for part in (images, test))
+    own.dir.mkdir(parents=True, exist_ok=True)
+    results = own.dir / "trained.json"
+    for n, target in enumerate(own.targets):
+        for name, build in BUILDERS.items():
+            width, network, count = nearest(build, target, channels, pixels, images.classes, args.dropout)
+            name = f"{name} x{width:g}"
+            initialise(network, data.generator(args.seed, n, train.INITIAL))
+            checkpoint = own.dir / f"{name}.last.pt"
+            params = sum(p.numel() for p in network.parameters())
+            print(f"{name}: {count / 1e6:.3f} M MACs, {params / 1e6:.3f} M parameters", flush=True)
+            _, epochs = train.train(network.to(device, memory_format=torch.channels_last), loader, index, tester,
+                                    torch.arange(len(test.labels)), args, name, n, checkpoint)
+            row = {"name": name, "stage": n, "init": "scratch", "flops": count, "params": params,
+                   "accuracy": epochs[-1]["accuracy"], "seconds": sum(e["seconds"] for e in epochs),
+                   "seed": args.seed, "epochs": epochs}
+            rows = json.loads(results.read_text()) if results.exists() else []
+            rows = sorted([r for r in rows if r["name"] != name] + [row], key=lambda r: (r["name"], r["init"]))
+            write(results, json.dumps(rows, indent=1) + "\n")
+            checkpoint.unlink()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""The reference networks are what the curve says they are: their MACs, their pixels, their shapes."""
+import json
+
+import pytest
+import reference
+import torch
+from torch import nn
+from torchvision.models import mobilenet_v2, mobilenet_v3_small, shufflenet_v2_x1_0
+
+import plot
+
+ORIGINALS = {"MobileNetV3-small": mobilenet_v3_small, "MobileNetV2": mobilenet_v2,
+             "ShuffleNetV2": shufflenet_v2_x1_0}
+
+
+@pytest.mark.parametrize("name", reference.BUILDERS)
+def test_the_networks_have_the_macs_of_their_target_and_the_pixels_of_ours(name):
+    for target in (reference.TARGETS[0], reference.TARGETS[2]):
+        _, network, macs = reference.nearest(reference.BUILDERS[name], target, 1, 28, 10)
+        assert abs(macs / target - 1) < 0.1
+        outputs = []
+        for layer in network.modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                layer.register_forward_hook(lambda layer, _, y, seen=outputs: seen.append((layer, y)))
+        assert network.eval()(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+        assert sum(layer.weight[0].numel() * y[0].numel() for layer, y in outputs) == macs
+        assert {y.shape[-1] for _, y in outputs if y.dim() == 4} == ({14, 7, 4, 1} if "V3" in name else {14, 7, 4})
+
+
+@pytest.mark.parametrize("name", reference.BUILDERS)
+def test_at_width_1_only_the_stem_the_strides_and_the_head_are_not_torchvisions(name):
+    def inner(network):
+        shapes = [tuple(m.weight.shape) for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+        return shapes[1:-2 if name != "MobileNetV3-small" else -3]
+    assert inner(reference.BUILDERS[name](1.0, 1, 10, 0.0)) == inner(ORIGINALS[name]())
+
+
+def test_they_become_stars_of_the_curve(tmp_path, capsys):
+    reference.main([str(tmp_path), "--targets", "0.5M", "--data", "fake", "--epochs", "1", "--device", "cpu"])
+    rows = json.loads((tmp_path / "trained.json").read_text())
+    assert [row["name"].split()[0] for row in rows] == sorted(reference.BUILDERS)
+    lines, others = plot.curves([tmp_path])
+    assert not lines and list(others) == [row["name"] for row in rows]
+    assert not list(tmp_path.glob("*.pt"))
