@@ -23,7 +23,7 @@ from flops import Costs, half
 from ops import ACTIVATIONS, add_residual, conv, norm
 from space import CANDIDATES, round8
 
-ROUNDS, CALLS = 11, 3            # the median of so many rounds, each of so many calls behind an unmeasured one
+ROUNDS, CALLS = 11, 3            # rounds, and measured calls in each, behind one that is not
 SUFFIXES = {"ns": 1, "us": 1e3, "ms": 1e6, "s": 1e9}
 
 
@@ -118,8 +118,8 @@ def costs(space, in_channels, classes, cost):
 def measure(makers):
     """Nanoseconds a call, as whole numbers, of each (function, channels, pixels) that the `makers` return.
 
-    Round by round, so that what else the machine does falls on all alike. Each is made anew in each round, as
-    all of them together would not fit into memory.
+    Round by round, so that what else the machine does falls on all alike; it only ever adds to a time, hence the
+    lower quartile. Each is made anew in each round, as all of them together would not fit into memory.
     """
     times = [[] for _ in makers]
     for _ in range(ROUNDS):
@@ -127,11 +127,11 @@ def measure(makers):
             f, channels, pixels = make()
             x = last(torch.randn(1, channels, pixels, pixels))
             f(x)
-            start = time.perf_counter_ns()
             for _ in range(CALLS):
+                start = time.perf_counter_ns()
                 f(x)
-            found.append((time.perf_counter_ns() - start) / CALLS)
-    return [round(statistics.median(found)) for found in times]
+                found.append(time.perf_counter_ns() - start)
+    return [round(statistics.quantiles(found, n=4)[0]) for found in times]
 
 
 def tables(spaces, in_channels, classes, network, file):

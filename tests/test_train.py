@@ -10,6 +10,7 @@ import torch
 
 import data
 import derive
+import latency
 import search
 import train
 from space import Arch
@@ -22,6 +23,12 @@ def searched(tmp_path_factory):
     out = tmp_path_factory.mktemp("searched") / "run"
     search.main(["--data", "fake", "--stages", "2", "--epochs", "0.3", "--device", "cpu", "--out", str(out)])
     return out
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch):
+    """Latencies need not be right here."""
+    monkeypatch.setattr(latency, "ROUNDS", 1)
 
 
 def trained(out):
