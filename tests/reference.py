@@ -123,6 +123,9 @@ def main(argv=None):
         for name, build in BUILDERS.items():
             width, network, count = nearest(build, target, channels, pixels, images.classes, args.dropout)
             name = f"{name} x{width:g}"
+            rows = json.loads(results.read_text()) if results.exists() else []
+            if args.resume and any(row["name"] == name for row in rows):
+                continue
             initialise(network, data.generator(args.seed, n, train.INITIAL))
             checkpoint = own.dir / f"{name}.last.pt"
             params = sum(p.numel() for p in network.parameters())
@@ -132,7 +135,6 @@ def main(argv=None):
             row = {"name": name, "stage": n, "init": "scratch", "flops": count, "params": params,
                    "accuracy": epochs[-1]["accuracy"], "seconds": sum(e["seconds"] for e in epochs),
                    "seed": args.seed, "epochs": epochs}
-            rows = json.loads(results.read_text()) if results.exists() else []
             rows = sorted([r for r in rows if r["name"] != name] + [row], key=lambda r: (r["name"], r["init"]))
             write(results, json.dumps(rows, indent=1) + "\n")
             checkpoint.unlink()

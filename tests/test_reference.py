@@ -42,3 +42,6 @@ def test_they_become_stars_of_the_curve(tmp_path, capsys):
     lines, others = plot.curves([tmp_path])
     assert not lines and list(others) == [row["name"] for row in rows]
     assert not list(tmp_path.glob("*.pt"))
+    capsys.readouterr()
+    reference.main([str(tmp_path), "--targets", "0.5M", "--data", "fake", "--epochs", "1", "--resume"])
+    assert not capsys.readouterr().out and json.loads((tmp_path / "trained.json").read_text()) == rows

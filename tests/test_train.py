@@ -77,7 +77,7 @@ def test_inherited_weights_are_the_supernets(searched):
 def test_a_network_stands_in_the_results_from_scratch_and_from_inherited_weights(searched, tmp_path, capsys):
     arch, out = str(searched / "A0.json"), ["--out", str(tmp_path)]
     train.main([arch, *FAST, *out])
-    train.main([arch, *FAST, *out, "--init", "inherit"])
+    train.main([arch, *FAST, *out, "--init", "inherit", "--resume"])               # A0 from scratch is another
     rows = json.loads((tmp_path / "trained.json").read_text())
     assert [(row["name"], row["init"]) for row in rows] == [("A0", "inherit"), ("A0", "scratch")]
     assert capsys.readouterr().out.count(train.saving(rows, "A0")) == 1
@@ -201,6 +201,9 @@ def test_a_budget_of_time_gives_a_network_whose_layers_keep_it(searched, tmp_pat
         derive.main([str(searched), "--latency", f"{(low + high) / 2e6}ms", "--out", str(tmp_path / "net.json"), *more])
         out = capsys.readouterr().out
         assert "20 random networks" in out and "layers in" not in out and "measured as a whole" in out
+        with pytest.raises(SystemExit):
+            derive.main([str(searched), "--latency", "1us"])
+        assert re.search(r"networks have [\d.]+\d ms to [\d.]+\d ms\n", capsys.readouterr().err)
         assert float(re.search(r"([\d.]+) ms by its layers", out)[1]) <= (low + high) / 2e6 + 1e-3
         assert ("best:" in out) == bool(more)
         Arch.from_json((tmp_path / "net.json").read_text())
