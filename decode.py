@@ -13,7 +13,7 @@ import zlib
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
@@ -38,7 +38,7 @@ def decode(path, small=False):
                 image.load()
                 return rgb(ImageOps.exif_transpose(image))
     except BROKEN as error:
-        known = str(error).replace(repr(path), "it").replace(str(path), "it")
+        known = "is no image" if isinstance(error, UnidentifiedImageError) else str(error).replace(repr(path), "it")
         raise OSError(f"{path}: {known.splitlines()[0] if known else type(error).__name__}") from None
 
 

@@ -423,7 +423,7 @@ def test_a_search_leaves_its_classes_and_its_split(searched):
     assert split["test"] == images.held_out and split["architecture"] == alphas
     assert not {bad, *split["test"]} & set(names(images)) and set(alphas) < set(names(images))
     assert list(json.loads((run / "checked.json").read_text()).values()) == [
-        {bad: f"{root / bad}: cannot identify image file it"}]
+        {bad: f"{root / bad}: is no image"}]
     arch = Arch.from_json((run / "A1.json").read_text())
     assert (arch.in_channels, arch.classes, arch.resolution) == (3, 4, 16)
 
@@ -511,3 +511,11 @@ def test_flags_of_a_folder_have_the_spaces_resolution(tmp_path):
     for space, resolution in (("paper", 224), ("small", 32)):
         args = flags.parser().parse_args(["--data", str(tmp_path), "--space", space])
         assert flags.images(flags.parser(), args, "train").resolution == resolution
+
+
+def test_the_targets_of_a_folder_go_with_its_pixels(tmp_path):
+    write(tmp_path, "ab")
+    for more, first in ((["--data", str(tmp_path), "--resolution", "64"], 107e6 * (64 / 224) ** 2),
+                        (["--data", str(tmp_path)], 107e6), ([], 107e6)):
+        argv = ["--space", "paper", "--out", str(tmp_path / "run"), *more]
+        assert flags.settings(flags.parser(), argv).flops_target[0] == pytest.approx(first)
