@@ -6,10 +6,8 @@ not depend on the workers, on the processes, or on where a run was taken up agai
 import math
 import os
 import signal
-import struct
 import time
 import warnings
-import zlib
 
 import numpy as np
 import torch
@@ -18,10 +16,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 import data
+import files
 
 CHUNK = 32                                                # images that a worker hands over at once
-BROKEN = (OSError, EOFError, ValueError, TypeError, LookupError, ArithmeticError, SyntaxError, RuntimeError, MemoryError,
-          struct.error, zlib.error, Image.DecompressionBombError)     # what Pillow's readers raise, among them
+BROKEN = (*files.BROKEN, SyntaxError, Image.DecompressionBombError)     # what Pillow's readers raise, among them
 
 
 def decode(path, small=False):

@@ -198,9 +198,8 @@ def open_supernet(folder, stage):
 
 
 def parser():
-    p = argparse.ArgumentParser(prog="derive.py", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = lambda message: p.exit(2, f"derive.py: {message}\n")
+    p = flags.one_line(argparse.ArgumentParser(prog="derive.py", description=__doc__,
+                                               formatter_class=argparse.RawDescriptionHelpFormatter))
     p.add_argument("run", type=Path, metavar="RUN", help="folder of a search")
     p.add_argument("--stage", type=int, choices=range(5), help="one of A0..A4 (all that the run has)")
     g = p.add_mutually_exclusive_group(required=True)

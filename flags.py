@@ -134,7 +134,7 @@ def kept(args):
 
 
 def begun(saved):
-    """The settings of a run, as its args.json has them, as a command line. ValueError if it would be refused."""
+    """The settings of a run, as its args.json has them: as a command line, and parsed. ValueError if refused."""
     def refuse(message):
         raise ValueError(message)
     p, argv = parser(), []
@@ -151,8 +151,7 @@ def begun(saved):
         elif value is not None or key not in ("classes", "resolution", "workers"):
             values = value if isinstance(value, list) else [value]
             argv += [f"--{key.replace('_', '-')}", *("off" if key == "flops_target" and v == 0 else str(v) for v in values)]
-    p.parse_args(argv)
-    return argv
+    return argv, p.parse_args(argv)
 
 
 def settings(p, argv):
@@ -166,8 +165,7 @@ def settings(p, argv):
             p.error("--resume needs --out with the folder of a run, one that has args.json")
         file = args.out / "args.json"
         try:
-            given = begun(json.loads(file.read_text()))
-            before = p.parse_args(given)
+            given, before = begun(json.loads(file.read_text()))
         except (OSError, ValueError, RecursionError) as error:
             p.error(f"--resume: {file} is not what a run writes ({error})")
         args = p.parse_args([*given, *argv])

@@ -42,17 +42,17 @@ MOST_SKIPPED = 5                # batches of a stage whose numbers may go bad be
 VERSION = 1                     # of last.pt
 
 
-def search(args, images, out, device, caught):
+def search(args, images, parts, out, device, caught):
     """Fig. 2. Writes all that a run leaves into the folder `out`, and returns the summary, a row a stage.
 
+    parts: of the images as indices, 5/6 for the weights and 1/6 for alpha, from `data.split`.
     caught: a list that signals join; when it is no longer empty, the step ends, is saved, and SystemExit
     raised. ValueError if last.pt, which args.resume goes on from, is not this run's or not whole.
     """
-    parts = data.split(images.labels, args.seed)                    # 5/6 for the weights, 1/6 for alpha
     loader = images.loader(images.statistics(parts[0]), args.batch_size, device)
     shape = {"in_channels": images.channels, "classes": images.classes}
     supernet = teacher = None
-    run = {"stage": 0, "step": 0, "seconds": 0.0, "means": {}, "alphas": [], "skipped": [], "log": [], "summary": []}
+    run = blank()
     last = out / "last.pt"
     resumed = args.resume and processes.first(last.exists)
     if resumed:
@@ -104,6 +104,11 @@ def search(args, images, out, device, caught):
         conclude(run, out, stage, arch, right, time.perf_counter() - clock, device, meter)
         teacher = network if args.distill else None
     return run["summary"]
+
+
+def blank():
+    """What a run has at its beginning; the rest of it are the supernet, its teacher and the optimisers."""
+    return {"stage": 0, "step": 0, "seconds": 0.0, "means": {}, "alphas": [], "skipped": [], "log": [], "summary": []}
 
 
 def keep(last, run, args, stage, supernet, sgd, adam, teacher):
@@ -193,27 +198,29 @@ def train_stage(supernet, teacher, sgd, adam, loader, parts, args, run, caught):
                 sgd.param_groups[0]["lr"] = learning_rate(args.lr, step, steps)
                 generator = data.generator(args.seed, stage, PATHS, step)
 
-                batch, skip = next(weight_batches), step in run["skipped"]
-                if not skip:
+                batch = next(weight_batches)
+                other = next(alpha_batches) if step % WEIGHTS_A_STEP == WEIGHTS_A_STEP - 1 else None
+                if step in run["skipped"]:
+                    batch = other = None
+
+                if batch:
                     sgd.zero_grad()                 # to None: SGD does not touch what was not sampled
                     found = gradients(supernet, teacher, batch, args.accumulate, tau, lam, generator)
                     loss, right = checked(step, weights, found)
                     sgd.step()
                     add(run["means"], loss=loss, accuracy=right)
 
-                if step % WEIGHTS_A_STEP == WEIGHTS_A_STEP - 1:
-                    batch = next(alpha_batches)
-                    if not skip:
-                        require_grad(weights, False)    # no gradient of a frozen parameter is computed
-                        require_grad(alphas, True)
-                        found = gradients(supernet, teacher, batch, args.accumulate, tau, lam, generator)
-                        if target:
-                            (args.mu * (expected_macs(supernet, table) / target - 1).abs()).backward()
-                        loss, right = checked(step, alphas, found)
-                        step_sampled(adam, alphas)
-                        require_grad(alphas, False)
-                        require_grad(weights, True)
-                        add(run["means"], alpha_loss=loss, alpha_accuracy=right)
+                if other:
+                    require_grad(weights, False)    # no gradient of a frozen parameter is computed
+                    require_grad(alphas, True)
+                    found = gradients(supernet, teacher, other, args.accumulate, tau, lam, generator)
+                    if target:
+                        (args.mu * (expected_macs(supernet, table) / target - 1).abs()).backward()
+                    loss, right = checked(step, alphas, found)
+                    step_sampled(adam, alphas)
+                    require_grad(alphas, False)
+                    require_grad(weights, True)
+                    add(run["means"], alpha_loss=loss, alpha_accuracy=right)
 
                 run["step"] = step + 1
                 bar.update()
@@ -231,9 +238,9 @@ def train_stage(supernet, teacher, sgd, adam, loader, parts, args, run, caught):
         yield row
 
 
-def dry_run(args, images, device):
+def dry_run(args, images, parts, device):
     """What the run would cost, as text: what its spaces hold, then a line a stage, of five steps measured."""
-    parts, n = data.split(images.labels, args.seed), processes.share()[1]
+    n = processes.share()[1]
     loader = images.loader(images.statistics(parts[0]), args.batch_size, device)
     shape = {"in_channels": images.channels, "classes": images.classes}
     lines = [flops.describe_space(args.space, (images.channels, images.resolution, images.classes)),
@@ -246,8 +253,7 @@ def dry_run(args, images, device):
         supernet = SuperNet(SPACES[args.space][stage]._replace(resolution=images.resolution), **shape).to(device)
         sgd, adam = optimisers(supernet, args)
         ten = {**vars(args), "epochs": [10 * args.batch_size / len(parts[0])] * 5, "checkpoint_every": 5}
-        training = train_stage(supernet, teacher, sgd, adam, loader, parts, argparse.Namespace(**ten),
-                               {"step": 0, "means": {}, "alphas": [], "skipped": []}, [])
+        training = train_stage(supernet, teacher, sgd, adam, loader, parts, argparse.Namespace(**ten), blank(), [])
         next(training)                              # five steps to warm up, and five to measure
         clock = time.perf_counter()
         next(training)
@@ -299,8 +305,8 @@ def checked(step, parameters, found):
     FloatingPointError if the loss or a gradient is not finite.
     """
     loss, right = processes.average(parameters, *found)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if not torch.isfinite(loss + norm):             # the one number that is read from the device in every step
+    total = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).sum()    # cheaper than a norm
+    if not torch.isfinite(loss + total):            # the one number that is read from the device in every step
         raise FloatingPointError(step)
     return loss, right
 
@@ -387,15 +393,16 @@ def main(argv=None):
     if args.batch_size > len(images.labels) // 6:
         processes.first(p.error, f"--batch-size {args.batch_size} is more than the {len(images.labels) // 6} images "
                             "of the architecture part")
+    parts = data.split(images.labels, args.seed)
     if args.dry_run:
-        return print(dry_run(args, images, device))
+        return print(dry_run(args, images, parts, device))
     with contextlib.ExitStack() as stack, signals() as caught, explained(p, args.out):
         processes.first(hold, p, args.out, stack)
         processes.save(args.out / "args.json", json.dumps(flags.kept(args), indent=1) + "\n")
-        folder.record(p, images, args.out, data.split(images.labels, args.seed))
+        folder.record(p, images, args.out, parts)
         processes.note("out", str(args.out))
         print(f"{args.method} on {args.data}, seed {args.seed}, into {args.out}", flush=True)
-        summary = search(args, images, args.out, device, caught)
+        summary = search(args, images, parts, args.out, device, caught)
         print(plot.table(summary))
         if processes.share()[0] == 0:
             plot.curve([args.out], args.out / "curve.png")

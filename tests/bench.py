@@ -202,8 +202,7 @@ def outside(loader, parts):
     backward, torch.Tensor.backward = torch.Tensor.backward, watched(torch.Tensor.backward)
     loss, search.distill.loss = search.distill.loss, watched(search.distill.loss)
     clock = time.perf_counter()
-    run = {"step": 0, "means": {}, "alphas": [], "skipped": []}
-    for _ in search.train_stage(net, None, sgd, adam, loader, parts, args, run, []):
+    for _ in search.train_stage(net, None, sgd, adam, loader, parts, args, search.blank(), []):
         pass
     whole = time.perf_counter() - clock
     torch.Tensor.backward, search.distill.loss = backward, loss

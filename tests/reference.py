@@ -102,9 +102,9 @@ def nearest(build, target, channels, pixels, classes, dropout=0.0):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(prog="reference.py", description=__doc__, epilog="further flags: train.py --help",
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = lambda message: p.exit(2, f"reference.py: {message}\n")
+    p = flags.one_line(argparse.ArgumentParser(prog="reference.py", description=__doc__,
+                                               epilog="further flags: train.py --help",
+                                               formatter_class=argparse.RawDescriptionHelpFormatter))
     p.add_argument("dir", type=Path, metavar="DIR", help="folder of trained.json, such as a run's")
     p.add_argument("--targets", type=amount, nargs="+", default=TARGETS, metavar="F", help="MACs (0.87M 2.2M 4.7M)")
     own, rest = p.parse_known_args(argv)

@@ -93,3 +93,26 @@ def test_a_folder_is_held_by_one_and_freed_by_its_death(tmp_path):
         with files.lock(tmp_path):
             pass
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["ein Bäckerdutzend\n", b"\x00\xff\n", ""])
+def test_write_replaces_a_file_and_leaves_nothing_beside_it(tmp_path, content):
+    path = tmp_path / "A0.json"
+    for before in (None, b"something much longer than what comes after it"):
+        if before:
+            path.write_bytes(before)
+        files.write(str(path), content)
+        assert path.read_bytes() == (content if isinstance(content, bytes) else content.encode())
+        assert [p.name for p in tmp_path.iterdir()] == ["A0.json"]
+
+
+def test_a_write_cut_short_leaves_the_old_file_whole(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    path.write_bytes(b"old")
+
+    def fail(*_):
+        raise OSError(28, "no space left on device")
+    monkeypatch.setattr(files.os, "fsync", fail)
+    with pytest.raises(OSError, match="no space"):
+        files.write(path, b"new" * 1000)
+    assert path.read_bytes() == b"old"

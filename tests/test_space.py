@@ -9,9 +9,7 @@ import json
 import pytest
 from oracles import TINY, chosen, near8, pixels, random_options, seeded
 
-import files
 import space
-from files import write
 from space import PAPER, SMALL, SPACES, Arch, ArchBlock, check_growth, options, read, round8
 
 STAGES = [(name, stage) for name in SPACES for stage in range(5)]
@@ -215,26 +213,3 @@ def test_a_network_must_not_be_strided_away():
     blocks = json.loads(chosen(TINY, [(0, 0, 0), (7, 2, 1), (2, 2, 1)]).to_json())["blocks"]
     with pytest.raises(ValueError, match="resolution 8 is too small for a total stride of 16"):
         Arch.from_json(spoilt(None, blocks=[blocks[0], *[blocks[1] | {"hidden": 48}] * 3]))
-
-
-@pytest.mark.parametrize("content", ["ein Bäckerdutzend\n", b"\x00\xff\n", ""])
-def test_write_replaces_a_file_and_leaves_nothing_beside_it(tmp_path, content):
-    path = tmp_path / "A0.json"
-    for before in (None, b"something much longer than what comes after it"):
-        if before:
-            path.write_bytes(before)
-        write(str(path), content)
-        assert path.read_bytes() == (content if isinstance(content, bytes) else content.encode())
-        assert [p.name for p in tmp_path.iterdir()] == ["A0.json"]
-
-
-def test_a_write_cut_short_leaves_the_old_file_whole(tmp_path, monkeypatch):
-    path = tmp_path / "last.pt"
-    path.write_bytes(b"old")
-
-    def fail(*_):
-        raise OSError(28, "no space left on device")
-    monkeypatch.setattr(files.os, "fsync", fail)
-    with pytest.raises(OSError, match="no space"):
-        write(path, b"new" * 1000)
-    assert path.read_bytes() == b"old"
