@@ -230,16 +230,20 @@ def main(argv=None):
     if not supernets:
         p.error(f"{args.run} has no A{'0' if args.stage is None else args.stage}.pt: no such stage was finished")
     if args.points or args.refine > 1:
-        images = flags.images(p, argparse.Namespace(**flags.DATA | settings), "train", args.run)
-        parts = data.split(images.labels, settings["seed"])
-        loader = images.loader(images.statistics(parts[0]), settings["batch_size"])
+        try:
+            ran = flags.begun(settings)[1]
+        except ValueError as error:
+            p.error(f"{args.run / 'args.json'} is not what a run writes ({error})")
+        images = flags.images(p, ran, "train", args.run)
+        parts = data.split(images.labels, ran.seed)
+        loader = images.loader(images.statistics(parts[0]), ran.batch_size)
     if args.points:
         spaces = [(log_probabilities(supernet), space_costs(supernet)) for supernet in supernets]
         ends, rows = [end for _, table in spaces for end in bounds(table)], []
         for budget in np.geomspace(min(ends), max(ends), args.points):
             _, which, found = choose(spaces, min(max(budget, min(ends)), max(ends)), str, near=True)
             supernet = supernets[which]
-            right = measure(arch(supernet, found[0]), supernet, loader, parts, settings["seed"])[1]
+            right = measure(arch(supernet, found[0]), supernet, loader, parts, ran.seed)[1]
             rows.append(told(supernet, found, right))
         path, content = args.out or args.run / "points.json", json.dumps(rows, indent=1) + "\n"
     else:
@@ -260,7 +264,7 @@ def main(argv=None):
         if args.refine > 1:
             ranked = []
             for candidate in alternatives(*spaces[which], budget, args.refine):
-                right = measure(arch(supernet, candidate[0]), supernet, loader, parts, settings["seed"])[1]
+                right = measure(arch(supernet, candidate[0]), supernet, loader, parts, ran.seed)[1]
                 told(supernet, candidate, right)
                 ranked.append((right, candidate))
             found = max(ranked, key=lambda pair: pair[0])[1]

@@ -1,11 +1,13 @@
-"""The command line of search.py: its flags, their defaults, and what is refused before any work."""
+"""The command line of search.py: its flags, their defaults, what is refused before any work, and how a run ends."""
 import argparse
+import contextlib
 import json
 import math
 import sys
 from pathlib import Path
 
 import data
+import files
 import flops
 import folder
 import processes
@@ -126,6 +128,29 @@ def number(kind, low):
         return value
     read.__name__ = "number"                        # what argparse calls it where `kind` fails
     return read
+
+
+def hold(p, out, stack):
+    """Make the folder `out`, and let no other run write into it until `stack` ends. If one does: p.error."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(files.lock(out))
+    except BlockingIOError:
+        p.error(f"--out {out} is in use by another run: wait for its end, or choose another folder")
+    except OSError as error:
+        p.error(f"--out {out}: {error.strerror}")
+
+
+@contextlib.contextmanager
+def explained(p, out):
+    """What a file does to a run in here ends in one line: broken, or not the run's, or a full disk."""
+    try:
+        yield
+    except ValueError as error:
+        p.error(error)
+    except OSError as error:
+        raise SystemExit(f"{p.prog}: {error.filename}: {error.strerror}; what was written before is whole, and "
+                         f"--resume --out {out} goes on with it") from None
 
 
 def kept(args):

@@ -6,6 +6,7 @@ one process, and nothing here does anything.
 import contextlib
 import datetime
 import os
+import signal
 import sys
 
 import torch
@@ -99,6 +100,19 @@ def spread(module):
         with together():
             for tensor in module.state_dict().values():
                 dist.broadcast(tensor, 0)
+
+
+@contextlib.contextmanager
+def signals():
+    """Ctrl-C and SIGTERM are noted in a list, which this yields, so that a step can end before they are obeyed."""
+    caught = []
+    usual = {number: signal.signal(number, lambda number, frame: caught.append(number))
+             for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
 
 def heard(caught):

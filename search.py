@@ -10,7 +10,6 @@ import contextlib
 import json
 import math
 import os
-import signal
 import sys
 import time
 
@@ -321,29 +320,6 @@ def two_paths(supernet, teacher, x, y, tau, lam, generator):
     return distill.loss(logits, soft, y, lam), (logits.detach().argmax(1) == y).float().mean()
 
 
-def hold(p, out, stack):
-    """Make the folder `out`, and let no other run write into it until `stack` ends. If one does: p.error."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(files.lock(out))
-    except BlockingIOError:
-        p.error(f"--out {out} is in use by another run: wait for its end, or choose another folder")
-    except OSError as error:
-        p.error(f"--out {out}: {error.strerror}")
-
-
-@contextlib.contextmanager
-def explained(p, out):
-    """What a file does to a run in here ends in one line: broken, or not the run's, or a full disk."""
-    try:
-        yield
-    except ValueError as error:
-        p.error(error)
-    except OSError as error:
-        raise SystemExit(f"{p.prog}: {error.filename}: {error.strerror}; what was written before is whole, and "
-                         f"--resume --out {out} goes on with it") from None
-
-
 def learning_rate(peak, step, steps, warmup=0.05):
     """Linear warm-up over the first 5 % of the steps, then a cosine to zero. The paper is silent."""
     progress = (step + 1) / steps
@@ -371,19 +347,6 @@ def report(bar, label, totals, tau, lam):
         print(f"{label}  {text}", flush=True)
 
 
-@contextlib.contextmanager
-def signals():
-    """Ctrl-C and SIGTERM are noted in a list, which this yields, so that a step can end before they are obeyed."""
-    caught = []
-    usual = {number: signal.signal(number, lambda number, frame: caught.append(number))
-             for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
-
-
 @processes.join()
 def main(argv=None):
     p = flags.parser(__doc__)
@@ -396,8 +359,8 @@ def main(argv=None):
     parts = data.split(images.labels, args.seed)
     if args.dry_run:
         return print(dry_run(args, images, parts, device))
-    with contextlib.ExitStack() as stack, signals() as caught, explained(p, args.out):
-        processes.first(hold, p, args.out, stack)
+    with contextlib.ExitStack() as stack, processes.signals() as caught, flags.explained(p, args.out):
+        processes.first(flags.hold, p, args.out, stack)
         processes.save(args.out / "args.json", json.dumps(flags.kept(args), indent=1) + "\n")
         folder.record(p, images, args.out, parts)
         processes.note("out", str(args.out))

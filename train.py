@@ -10,8 +10,10 @@ weight decay of weight matrices alone, dropout before the classifier, an exponen
 weights. The network of the last epoch counts: the test images choose nothing.
 """
 import argparse
+import contextlib
 import importlib.util
 import json
+import math
 import os
 import sys
 import time
@@ -46,11 +48,12 @@ DEFAULTS = {"paper": {"epochs": 180, "batch_size": 1024, "lr": 0.4, "dropout": 0
             "small": {"epochs": 3, "batch_size": 64, "lr": 0.2, "dropout": 0.0, "ema": 0.0}}
 
 
-def train(network, loader, index, tester, test_index, args, name, stage, checkpoint):
+def train(network, loader, index, tester, test_index, args, name, stage, checkpoint, caught=()):
     """Train `network` on the images at `index`, and return it, or its moving average, with a row an epoch:
     epoch, loss, accuracy on the images of the `Loader` tester at `test_index`, seconds.
 
     checkpoint: a file that each epoch is saved in; with args.resume, training goes on from it.
+    caught: as in `search`; the step ends, is saved, and SystemExit raised. Also if the loss is not finite.
     """
     decayed, others = [], []
     for p in network.parameters():
@@ -58,26 +61,40 @@ def train(network, loader, index, tester, test_index, args, name, stage, checkpo
     sgd = torch.optim.SGD([{"params": decayed, "weight_decay": args.weight_decay}, {"params": others}],
                           args.lr, momentum=0.9, nesterov=True)
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
-    rows, epoch_length = [], len(index) // args.batch_size
+    rows, begin, total, seconds = [], 0, torch.zeros((), device=loader.device), 0.0
+    epoch_length = len(index) // args.batch_size
     if args.resume and processes.first(checkpoint.exists):
         try:
             saved = files.unpack(processes.first(checkpoint.read_bytes), checkpoint, loader.device)
-        except ValueError as error:
-            raise SystemExit(f"train.py: {error}; delete it, and {name} is trained anew") from None
-        network.load_state_dict(saved["network"])
-        average.load_state_dict(saved["average"])
-        sgd.load_state_dict(saved["sgd"])
-        rows = saved["rows"]
+            network.load_state_dict(saved["network"])
+            average.load_state_dict(saved["average"])
+            sgd.load_state_dict(saved["sgd"])
+            rows, begin, total, seconds = (saved[key] for key in ("rows", "step", "total", "seconds"))
+        except (ValueError, LookupError, RuntimeError, TypeError) as error:
+            why = str(error).splitlines()[0]
+            raise SystemExit(f"train.py: {checkpoint} is not one of this training ({why}); delete it, and {name} is "
+                             "trained anew") from None
     rank, n = processes.share()                          # of n processes each takes its share of every batch
-    start = len(rows) * epoch_length
+    start = len(rows) * epoch_length + begin
     batches = loader.shuffled(index, args.seed, stage, BATCHES, start=start, share=(rank, n))
     result = average.module if args.ema else network
+
+    def keep():
+        """Write the checkpoint, unless the loss has gone bad."""
+        if not math.isfinite(total + sum(row["loss"] for row in rows)):
+            raise SystemExit(f"train.py: the loss of {name} is not finite in epoch {epoch}; try a lower --lr")
+        if not args.validate:
+            processes.save(checkpoint, {"network": network.state_dict(), "average": average.state_dict(),
+                                        "sgd": sgd.state_dict(), "rows": rows, "step": begin, "total": total,
+                                        "seconds": seconds})
+            processes.note(name, "saved")
+
     for epoch in range(len(rows), args.epochs):
-        torch.manual_seed((rank * 10 ** 6 + epoch) * 10 ** 6 + args.seed)   # dropout's draws
         network.train()
-        clock, total = time.perf_counter(), torch.zeros((), device=loader.device)
-        with tqdm(range(epoch_length), desc=f"{name} epoch {epoch}", disable=rank > 0 or None) as bar:
-            for step in bar:
+        clock = time.perf_counter()
+        with tqdm(total=epoch_length, initial=begin, desc=f"{name} epoch {epoch}", disable=rank > 0 or None) as bar:
+            for step in range(begin, epoch_length):
+                torch.manual_seed(data.generator(args.seed, rank, epoch, step).initial_seed())      # dropout's draws
                 rate = learning_rate(args.lr, epoch * epoch_length + step, args.epochs * epoch_length)
                 for group in sgd.param_groups:
                     group["lr"] = rate
@@ -91,19 +108,24 @@ def train(network, loader, index, tester, test_index, args, name, stage, checkpo
                 if args.ema:
                     average.update_parameters(network)
                 total += loss.detach()
+                bar.update()
                 if step % 50 == 49:
                     bar.set_postfix_str(f"loss {float(total) / (step + 1):.3f}")
+                if step + 1 < epoch_length and (stopped := processes.heard(caught)):
+                    begin, seconds = step + 1, seconds + time.perf_counter() - clock
+                    keep()
+                    print(f"stopped in epoch {epoch} of {name}, after step {begin}; the same command with --resume "
+                          "goes on", flush=True)
+                    raise SystemExit(128 + stopped)
         processes.spread(network)
         processes.spread(average)
         right = accuracy(result, tester.ordered(test_index))
         rows.append({"epoch": epoch, "loss": float(total) / epoch_length, "accuracy": right,
-                     "seconds": time.perf_counter() - clock})
+                     "seconds": seconds + time.perf_counter() - clock})
         print(f"{name} epoch {epoch}  loss {rows[-1]['loss']:.3f}  accuracy {100 * right:.2f} %  "
               f"{rows[-1]['seconds']:.0f} s", flush=True)
-        if not args.validate:
-            processes.save(checkpoint, {"network": network.state_dict(), "average": average.state_dict(),
-                                   "sgd": sgd.state_dict(), "rows": rows})
-            processes.note(name, "saved")
+        begin, total, seconds = 0, torch.zeros_like(total), 0.0
+        keep()
     return result, rows
 
 
@@ -171,7 +193,7 @@ def parser():
     flags.data_flags(p.add_argument_group("data", "as in search.py; without --data, the run's own"))
     g = p.add_argument_group("the run")
     g.add_argument("--out", type=Path, metavar="DIR", help="folder of the results (the network's)")
-    g.add_argument("--resume", action="store_true", help="go on from the last whole epoch; skip what is trained")
+    g.add_argument("--resume", action="store_true", help="go on where the last training ended; skip what is trained")
     g.add_argument("--seed", type=number(int, 0), default=0, help="the same seed gives the same run (0)")
     g.add_argument("--device", default="auto", help="cpu, cuda, .. (auto: an accelerator if there is one)")
     return p
@@ -245,20 +267,8 @@ def progress(label, checkpoint, trained, resume):
     return "saved" if checkpoint.exists() else "trained" if trained else None
 
 
-@processes.join()
-def main(argv=None):
-    p = parser()
-    args = processes.first(p.parse_args, argv)
-    archs, folder = processes.first(networks, p, args.what)
-    out, device = args.out or folder, processes.choose_device(p, args.device)
-    wanted = processes.first(source, p, args, archs, folder)
-    known = out if (out / "checked.json").exists() else folder
-    images, test = (flags.images(p, wanted, part, known) for part in ("train", "test"))
-    args.data = wanted.data
-    processes.first(check, p, args, archs, folder, images)
-    if args.autocast is None:
-        args.autocast = device.type == "cuda"
-    out.mkdir(parents=True, exist_ok=True)
+def train_all(p, args, archs, folder, out, device, images, test, caught):
+    """Train each of `archs` that is not trained yet, and write it and the results into the folder `out`."""
     if not args.validate:
         record(p, images, out)
         record(p, test, out)
@@ -268,7 +278,10 @@ def main(argv=None):
         (index, test_index), test = data.split(images.labels, args.seed), images
     stats = images.statistics(index)
     results = out / "trained.json"
-    rows = json.loads(results.read_text()) if results.exists() else []
+    try:
+        rows = json.loads(results.read_text()) if results.exists() else []
+    except ValueError as error:
+        raise ValueError(f"{results} is not JSON ({error})") from None
     for name, searched in archs.items():
         arch = searched._replace(classes=images.classes, resolution=images.resolution)      # as the images are
         given = argparse.Namespace(**vars(args))
@@ -284,7 +297,8 @@ def main(argv=None):
         given.resume = before == "saved"
         loader, tester = (part.loader(stats, given.batch_size, device) for part in (images, test))
         network = initial(arch, given, folder).to(device)
-        network, epochs = train(network, loader, index, tester, test_index, given, label, arch.stage, checkpoint)
+        network, epochs = train(network, loader, index, tester, test_index, given, label, arch.stage, checkpoint,
+                                caught)
         if args.validate or processes.share()[0]:
             continue                                        # of many processes the first writes
         row = mine | {"stage": arch.stage, "flops": flops.macs(arch), "params": flops.params(arch),
@@ -306,6 +320,24 @@ def main(argv=None):
     if processes.share()[0] == 0 and not args.validate and (out / "summary.json").exists():
         plot.curve([out], out / "curve.png")
         print(f"curve: {out / 'curve.png'}")
+
+
+@processes.join()
+def main(argv=None):
+    p = parser()
+    args = processes.first(p.parse_args, argv)
+    archs, folder = processes.first(networks, p, args.what)
+    out, device = args.out or folder, processes.choose_device(p, args.device)
+    wanted = processes.first(source, p, args, archs, folder)
+    known = out if (out / "checked.json").exists() else folder
+    images, test = (flags.images(p, wanted, part, known) for part in ("train", "test"))
+    args.data = wanted.data
+    processes.first(check, p, args, archs, folder, images)
+    if args.autocast is None:
+        args.autocast = device.type == "cuda"
+    with contextlib.ExitStack() as stack, processes.signals() as caught, flags.explained(p, out):
+        processes.first(flags.hold, p, out, stack)
+        train_all(p, args, archs, folder, out, device, images, test, caught)
 
 
 if __name__ == "__main__":

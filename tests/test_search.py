@@ -76,7 +76,7 @@ class Countdown(list):
 @pytest.mark.parametrize("looks", [3, 12, 16])                    # in A0, in A1, and after A0's last checkpoint
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(undisturbed, tmp_path, looks, monkeypatch, capsys):
     out = tmp_path / "run"
-    monkeypatch.setattr(search, "signals", lambda: search.contextlib.nullcontext(Countdown(looks)))
+    monkeypatch.setattr(search.processes, "signals", lambda: search.contextlib.nullcontext(Countdown(looks)))
     with pytest.raises(SystemExit) as stopped:
         run(out)
     assert stopped.value.code == 143 and f"--resume --out {out}" in capsys.readouterr().out
@@ -206,6 +206,8 @@ def test_bad_numbers_never_reach_a_weight(tmp_path, times, monkeypatch, capsys):
         said = capsys.readouterr().out
         assert "A1: loss or gradients of step 7 are not finite; back to step 5, that batch is skipped" in said
         assert all(torch.isfinite(w).all() for key in ("weights 0", "weights 1") for w in found[key].values())
+        steps = found["log"][-1]["steps"]
+        assert len(calls) == steps + steps // 5 + 1 + 2 - 1        # the bad one, two once more, step 7 never
         return
     monkeypatch.setattr(search, "MOST_SKIPPED", 2)
     with pytest.raises(SystemExit, match="not finite in 3 steps .* gives up"):

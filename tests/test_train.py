@@ -4,12 +4,14 @@ The oracle is a second run, a reloaded program, or the files that must be there.
 """
 import json
 import re
+import shutil
 
 import pytest
 import torch
 
 import data
 import derive
+import files
 import latency
 import search
 import train
@@ -217,3 +219,55 @@ def test_the_front_reaches_from_the_cheapest_to_the_dearest(searched, tmp_path):
     assert macs == sorted(set(macs)) and macs[0] == ends[0][0] and macs[-1] == ends[1][1]
     for row in rows:
         assert derive.macs(Arch.from_json(json.dumps(row["arch"]))) == row["flops"] and 0 <= row["accuracy"] <= 1
+
+
+def test_a_stopped_training_goes_on_within_its_epoch(searched, tmp_path, monkeypatch, capsys):
+    arch, more = str(searched / "A0.json"), ["--ema", "0.9", "--dropout", "0.2"]
+    train.main([arch, *FAST, *more, "--out", str(tmp_path / "whole")])
+    heard, looks = train.processes.heard, []
+    monkeypatch.setattr(train.processes, "heard", lambda caught: looks.append(1) or (2 if len(looks) == 23 else 0))
+    with pytest.raises(SystemExit) as stopped:
+        train.main([arch, *FAST, *more, "--out", str(tmp_path / "cut")])
+    monkeypatch.setattr(train.processes, "heard", heard)
+    assert stopped.value.code == 130 and "stopped in epoch 1 of A0, after step 6;" in capsys.readouterr().out
+    saved = torch.load(tmp_path / "cut" / "A0.last.pt", weights_only=True)
+    assert (len(saved["rows"]), saved["step"]) == (1, 6)
+    train.main([arch, *FAST, *more, "--out", str(tmp_path / "cut"), "--resume"])
+    assert trained(tmp_path / "whole") == trained(tmp_path / "cut")
+    one, other = (torch.load(tmp_path / name / "A0.trained.pt", weights_only=True) for name in ("whole", "cut"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    rows = [json.loads((tmp_path / name / "trained.json").read_text())[0]["epochs"] for name in ("whole", "cut")]
+    assert [e["loss"] for e in rows[0]] == [e["loss"] for e in rows[1]]
+
+
+def test_a_loss_that_is_not_finite_ends_the_training_and_is_not_saved(searched, tmp_path, monkeypatch):
+    entropy, calls = train.F.cross_entropy, []
+    monkeypatch.setattr(train.F, "cross_entropy", lambda *x, **more: calls.append(1) or entropy(*x, **more) * (
+        float("nan") if len(calls) == 25 else 1))
+    with pytest.raises(SystemExit, match="the loss of A0 is not finite in epoch 1; try a lower --lr"):
+        train.main([str(searched / "A0.json"), *FAST, "--out", str(tmp_path)])
+    saved = torch.load(tmp_path / "A0.last.pt", weights_only=True)
+    assert len(saved["rows"]) == 1 and all(torch.isfinite(w).all() for w in saved["network"].values())
+
+
+@pytest.mark.parametrize("content", [b"", b"PK and nothing else", files.pack({"network": {}})])
+def test_a_checkpoint_that_is_not_of_this_training_is_refused(searched, tmp_path, content):
+    (tmp_path / "A0.last.pt").write_bytes(content)
+    with pytest.raises(SystemExit) as stopped:
+        train.main([str(searched / "A0.json"), *FAST, "--out", str(tmp_path), "--resume"])
+    assert "A0.last.pt is not one of this training" in stopped.value.code and "\n" not in stopped.value.code
+
+
+def test_two_trainings_do_not_share_a_folder(searched, tmp_path, capsys):
+    with files.lock(tmp_path):
+        refused(train.main, [str(searched / "A0.json"), *FAST, "--out", str(tmp_path)], "in use by another", capsys)
+    (tmp_path / "trained.json").write_text("[{")
+    refused(train.main, [str(searched / "A0.json"), *FAST, "--out", str(tmp_path)], "trained.json", capsys)
+
+
+@pytest.mark.parametrize("change", [{"batch_size": None}, {"seed": "x"}, {"colour": "red"}, {"data": "nowhere"}])
+def test_derive_checks_the_settings_of_a_run(searched, tmp_path, change, capsys):
+    shutil.copytree(searched, tmp_path / "run")
+    file = tmp_path / "run" / "args.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    refused(derive.main, [str(tmp_path / "run"), "--flops", "1M", "--refine", "2"], "args.json is not what", capsys)
