@@ -440,7 +440,7 @@ def test_a_stopped_search_goes_on_as_if_nothing_had_been(searched, tmp_path, mon
     root, run, _ = searched
     argv = ["--data", str(root), "--classes", "4", "--stages", "2", "--seed", "1", "--skip-broken", *SHORT,
             "--checkpoint-every", "1", "--out", str(tmp_path / "run")]
-    monkeypatch.setattr(search, "signals", lambda: contextlib.nullcontext(Countdown(2)))
+    monkeypatch.setattr(search.processes, "signals", lambda: contextlib.nullcontext(Countdown(2)))
     with pytest.raises(SystemExit):
         search.main(argv)
     monkeypatch.undo()
