@@ -3,6 +3,7 @@
 folder.py does the same for image files on a disk: `Images` and its `Folder` look alike to those who use them.
 """
 import gzip
+import hashlib
 import math
 import zlib
 from pathlib import Path
@@ -48,8 +49,8 @@ def generator(*position):
     Every draw of a run comes from one of these, so that a run can go on from any step without saved
     generator states.
     """
-    seed = np.random.SeedSequence(position).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
+    seed = hashlib.blake2b(str(position).encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(seed))
 
 
 def read_idx(path, dimensions):
@@ -175,11 +176,9 @@ def augment(x, generator, share=(0, 1)):
     share: (r, of n) if x is the r-th of n equal slices of a batch. The draws are the whole batch's.
     """
     b, _, h, w = x.shape
-    padded = torch.nn.functional.pad(x, (PAD,) * 4)
     mine = slice(share[0] * b, (share[0] + 1) * b)
-    dy, dx = torch.randint(2 * PAD + 1, (2, b * share[1], 1), generator=generator)[:, mine]
-    flip = torch.rand(b * share[1], 1, generator=generator)[mine] < 0.5
-    rows = dy + torch.arange(h)
-    columns = dx + torch.where(flip, torch.arange(w - 1, -1, -1), torch.arange(w))
-    at = torch.arange(b).view(-1, 1, 1).to(x.device), rows[:, :, None].to(x.device), columns[:, None, :].to(x.device)
-    return padded.permute(0, 2, 3, 1)[at].permute(0, 3, 1, 2)             # (B, H, W, C) in memory: channels last
+    dy, dx = torch.randint(2 * PAD + 1, (2, b * share[1]), generator=generator)[:, mine].to(x.device)
+    flip = (torch.rand(b * share[1], 1, 1, 1, generator=generator)[mine] < 0.5).to(x.device)
+    crops = torch.nn.functional.pad(x, (PAD,) * 4).unfold(2, h, 1).unfold(3, w, 1)        # (B, C, dy, dx, H, W)
+    moved = crops[torch.arange(b, device=x.device), :, dy, dx]
+    return torch.where(flip, moved.flip(3), moved)

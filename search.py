@@ -195,7 +195,7 @@ def train_stage(supernet, teacher, sgd, adam, loader, parts, args, run, caught):
             for step in range(begin, last):
                 tau, lam = temperature(step / steps), distill.ratio(step / steps) if teacher else 0.0
                 sgd.param_groups[0]["lr"] = learning_rate(args.lr, step, steps)
-                generator = data.generator(args.seed, stage, PATHS, step)
+                paths = args.seed, stage, PATHS, step
 
                 batch = next(weight_batches)
                 other = next(alpha_batches) if step % WEIGHTS_A_STEP == WEIGHTS_A_STEP - 1 else None
@@ -204,22 +204,22 @@ def train_stage(supernet, teacher, sgd, adam, loader, parts, args, run, caught):
 
                 if batch:
                     sgd.zero_grad()                 # to None: SGD does not touch what was not sampled
-                    found = gradients(supernet, teacher, batch, args.accumulate, tau, lam, generator)
-                    loss, right = checked(step, weights, found)
+                    found = gradients(supernet, teacher, batch, args.accumulate, tau, lam, *paths, 0)
+                    found = checked(step, weights, found)
                     sgd.step()
-                    add(run["means"], loss=loss, accuracy=right)
+                    add(run["means"], "", found)
 
                 if other:
                     require_grad(weights, False)    # no gradient of a frozen parameter is computed
                     require_grad(alphas, True)
-                    found = gradients(supernet, teacher, other, args.accumulate, tau, lam, generator)
+                    found = gradients(supernet, teacher, other, args.accumulate, tau, lam, *paths, 1)
                     if target:
                         (args.mu * (expected_macs(supernet, table) / target - 1).abs()).backward()
-                    loss, right = checked(step, alphas, found)
+                    found = checked(step, alphas, found)
                     step_sampled(adam, alphas)
                     require_grad(alphas, False)
                     require_grad(weights, True)
-                    add(run["means"], alpha_loss=loss, alpha_accuracy=right)
+                    add(run["means"], "alpha_", found)
 
                 run["step"] = step + 1
                 bar.update()
@@ -273,8 +273,10 @@ def dry_run(args, images, parts, device):
 
 def optimisers(supernet, args):
     """SGD with momentum for the weights and Adam for the architecture, the paper's. The rest is ours."""
-    return (torch.optim.SGD(supernet.weights(), args.lr, momentum=0.9, weight_decay=args.weight_decay),
-            torch.optim.Adam(supernet.alphas(), args.alpha_lr, betas=(0.5, 0.999)))
+    sgd = torch.optim.SGD(supernet.weights(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
+    for p in supernet.weights():                    # else the fused step fails where some were not sampled before
+        sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return sgd, torch.optim.Adam(supernet.alphas(), args.alpha_lr, betas=(0.5, 0.999))
 
 
 def schedule(args, stage, parts):
@@ -283,14 +285,15 @@ def schedule(args, stage, parts):
     return epoch_length, max(1, round(args.epochs[stage] * epoch_length))
 
 
-def gradients(supernet, teacher, batch, pieces, tau, lam, generator):
+def gradients(supernet, teacher, batch, pieces, tau, lam, *position):
     """Add the gradients of the mean loss of a batch, (x, y), to the parameters' .grad, in so many pieces.
 
-    All pieces go the same two paths. Returns what `two_paths` does, for the whole batch: (2,).
+    All pieces go the same two paths, which `position` seeds. Returns what `two_paths` does, for the whole
+    batch: (2,).
     """
-    (x, y), state, total = batch, generator.get_state(), 0
+    (x, y), total = batch, 0
     for part_x, part_y in zip(x.chunk(pieces), y.chunk(pieces)):
-        generator.set_state(state)
+        generator = data.generator(*position)
         loss, right = two_paths(supernet, teacher, part_x, part_y, tau, lam, generator)
         share = len(part_y) / len(y)
         (share * loss).backward()
@@ -303,11 +306,13 @@ def checked(step, parameters, found):
 
     FloatingPointError if the loss or a gradient is not finite.
     """
-    loss, right = processes.average(parameters, *found)
-    total = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).sum()    # cheaper than a norm
-    if not torch.isfinite(loss + total):            # the one number that is read from the device in every step
+    found, = processes.average(parameters, found)
+    bad, unscaled = found.new_zeros(()), found.new_ones(())
+    torch._amp_foreach_non_finite_check_and_unscale_(               # GradScaler's own: one pass over all of them
+        [found, *(p.grad for p in parameters if p.grad is not None)], bad, unscaled)
+    if bad.item():                                  # the one number that is read from the device in every step
         raise FloatingPointError(step)
-    return loss, right
+    return found
 
 
 def two_paths(supernet, teacher, x, y, tau, lam, generator):
@@ -326,15 +331,15 @@ def learning_rate(peak, step, steps, warmup=0.05):
     return peak * min(progress / warmup, 0.5 + 0.5 * math.cos(math.pi * progress))
 
 
-def add(totals, **values):
-    """Add values to running totals, {name: (sum, count)}, on their device."""
-    for name, value in values.items():
-        pair = torch.stack((value.detach(), torch.ones_like(value)))
-        totals[name] = totals[name] + pair if name in totals else pair
+def add(totals, kind, found):
+    """Add `found`, (loss, share right), to running totals, {kind of step: (sum, count)}, on its device."""
+    total, count = totals.get(kind, (0, 0))
+    totals[kind] = total + found, count + 1
 
 
 def means(totals):
-    return {name: float(total / count) for name, (total, count) in totals.items()}
+    return {kind + name: value / count for kind, (total, count) in totals.items()
+            for name, value in zip(("loss", "accuracy"), total.tolist())}
 
 
 def report(bar, label, totals, tau, lam):
@@ -343,7 +348,7 @@ def report(bar, label, totals, tau, lam):
     text = f"loss {found['loss']:.3f} acc {100 * found['accuracy']:.1f} % tau {tau:.2f} lambda {lam:.2f}"
     if not bar.disable:
         bar.set_postfix_str(text)
-    elif totals["loss"][1] % 250 == 0:
+    elif totals[""][1] % 250 == 0:
         print(f"{label}  {text}", flush=True)
 
 

@@ -108,11 +108,11 @@ class SuperNet(nn.Module):
         alphas = self.alphas()
         noise = -torch.empty(sum(a.numel() for a in alphas)).exponential_(generator=generator).log()
         perturbed = torch.cat(alphas) + noise.to(alphas[0].device)
-        start, drawn = 0, []
-        for values in perturbed.detach().cpu().split([a.numel() for a in alphas]):
-            pair = sorted(range(len(values)), key=values.tolist().__getitem__)[-2:]
-            drawn.append([start + option for option in sorted(pair)])
-            start += len(values)
+        values, start, drawn = perturbed.tolist(), 0, []
+        for alpha in alphas:
+            options = range(start, start + alpha.numel())
+            drawn.append(sorted(sorted(options, key=values.__getitem__)[-2:]))
+            start = options.stop
         gates = F.softmax(perturbed[torch.tensor(drawn, device=perturbed.device)] / tau, dim=1)   # (choices, 2)
         pairs, start, single = iter(zip(drawn, gates)), 0, Draw((0,), gates.new_ones(1))
         path = []

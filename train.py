@@ -59,7 +59,7 @@ def train(network, loader, index, tester, test_index, args, name, stage, checkpo
     for p in network.parameters():
         (decayed if p.dim() > 1 else others).append(p)
     sgd = torch.optim.SGD([{"params": decayed, "weight_decay": args.weight_decay}, {"params": others}],
-                          args.lr, momentum=0.9, nesterov=True)
+                          args.lr, momentum=0.9, nesterov=True, fused=True)
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
     rows, begin, total, seconds = [], 0, torch.zeros((), device=loader.device), 0.0
     epoch_length = len(index) // args.batch_size
