@@ -76,6 +76,9 @@ def fashion(part, folder=FASHION):
     """Fashion-MNIST (Xiao, Rasul and Vollgraf 2017): `part` is train (60,000) or t10k (10,000), 28x28, ten classes."""
     pixels = read_idx(folder / f"{part}-images-idx3-ubyte.gz", 3)[:, None]
     labels = read_idx(folder / f"{part}-labels-idx1-ubyte.gz", 1).long()
+    if len(labels) != len(pixels) or labels.max() > 9:
+        raise ValueError(f"{folder}: {len(labels)} labels of {len(pixels)} images, from {labels.min()} to {labels.max()}, "
+                         "not 0 to 9, a label an image")
     return Images(pixels, labels, 10)
 
 

@@ -10,6 +10,7 @@ import argparse
 import itertools
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -191,9 +192,16 @@ def measure(arch, supernet, loader, parts, *position):
 def open_supernet(folder, stage):
     """The supernet of a run's stage, on the CPU, from A<stage>.json and A<stage>.pt in the run's folder."""
     found = Arch.from_json((folder / f"A{stage}.json").read_text())
-    space = SPACES[found.space][found.stage]._replace(resolution=found.resolution)
-    supernet = SuperNet(space, found.in_channels, found.classes)
-    supernet.load_state_dict(files.load(folder / f"A{stage}.pt"))
+    if found.space not in SPACES or found.stage != stage:
+        raise ValueError(f"{folder / f'A{stage}.json'}: no network of A{stage} of {' or '.join(SPACES)}")
+    space = SPACES[found.space][stage]._replace(resolution=found.resolution)
+    with torch.device("meta"):                                  # takes no memory for what the file does not hold
+        supernet = SuperNet(space, found.in_channels, found.classes)
+    try:
+        supernet.load_state_dict(files.load(folder / f"A{stage}.pt"), assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{folder / f'A{stage}.pt'} is not the supernet of A{stage}.json "
+                         f"({' '.join(str(error).split()[:12])} ..)") from None
     return supernet
 
 
@@ -208,9 +216,9 @@ def parser():
     g.add_argument("--latency", type=latency.duration, metavar="T", help="a budget of time for one "
                    "image on this machine's CPU, as in 2ms; suffixes us, ms, s. What layers take is measured, and "
                    "kept in the run's latency.json")
-    g.add_argument("--points", type=int, choices=range(2, 1001), metavar="N",
+    g.add_argument("--points", type=flags.number(int, 2, 1000), metavar="N",
                    help="the front: N networks from the cheapest to the dearest, each measured (2 to 1000)")
-    p.add_argument("--refine", type=int, choices=range(1, 1001), default=1, metavar="N",
+    p.add_argument("--refine", type=flags.number(int, 1, 1000), default=1, metavar="N",
                    help="measure the N most likely networks near the budget and take the best (1: none)")
     p.add_argument("--out", type=Path, metavar="FILE", help="the JSON file (in the run's folder)")
     return p
@@ -223,8 +231,8 @@ def main(argv=None):
         settings = json.loads((args.run / "args.json").read_text())
         stages = [k for k in range(5) if (args.run / f"A{k}.pt").exists() and args.stage in (None, k)]
         supernets = [open_supernet(args.run, k) for k in stages]
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        p.error(f"{args.run} is not the folder of a run ({str(error).splitlines()[0]})")
+    except (OSError, ValueError, RecursionError) as error:
+        p.error(f"{args.run} is not the folder of a run ({error})")
     if 0 in (args.flops, args.params):
         p.error("a budget must be above 0")
     if not supernets:
@@ -275,7 +283,10 @@ def main(argv=None):
             print(f"{show(found[2])} by its layers, {show(whole)} measured as a whole")
         print(f"{100 * (1 - found[2] / budget):.2f} % under the budget; it costs {lost:.2f} nats of likelihood")
         path, content = args.out or args.run / f"{name}.json", arch(supernet, found[0]).to_json()
-    files.write(path, content)
+    try:
+        files.write(path, content)
+    except OSError as error:
+        p.error(f"{path}: {error.strerror}")
     print(f"written: {path}")
 
 
@@ -306,4 +317,5 @@ def told(supernet, found, right=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)             # Ctrl-C, but for where a script listens, ends it at once
     sys.exit(main())

@@ -39,6 +39,26 @@ def write(path, content):
         raise
 
 
+def extend(path, size, text):
+    """Cut the file at `path` to `size` bytes, append `text`, and return the new size in bytes.
+
+    ValueError, with the file's name, if it is shorter; OSError likewise if that cannot be done.
+    """
+    try:
+        with open(path, "ab") as file:
+            if file.tell() < size:
+                raise ValueError(f"{path} is shorter than last.pt says, {file.tell()} instead of {size} bytes: "
+                                 "start anew")
+            file.truncate(size)
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+            return size + len(text.encode())
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
 def pack(checkpoint):
     """A checkpoint, a dict, as bytes."""
     buffer = io.BytesIO()

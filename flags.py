@@ -119,12 +119,13 @@ def one_line(parser):
     return parser
 
 
-def number(kind, low):
-    """An argparse type: a finite number of that kind (int, float) of at least `low`."""
+def number(kind, low, high=math.inf):
+    """An argparse type: a finite number of that kind (int, float) of at least `low` and at most `high`."""
     def read(text):
         value = kind(text)
-        if not low <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {low:g}")
+        if not low <= value <= high or value == math.inf:
+            most = "" if high == math.inf else f" and at most {high:g}"
+            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {low:g}{most}")
         return value
     read.__name__ = "number"                        # what argparse calls it where `kind` fails
     return read
@@ -176,7 +177,11 @@ def begun(saved):
         elif value is not None or key not in ("classes", "resolution", "workers"):
             values = value if isinstance(value, list) else [value]
             argv += [f"--{key.replace('_', '-')}", *("off" if key == "flops_target" and v == 0 else str(v) for v in values)]
-    return argv, p.parse_args(argv)
+    args = p.parse_args(argv)
+    for key, value in saved.items():
+        if getattr(args, key) != value:
+            raise ValueError(f"{key} is {value!r}, not {getattr(args, key)!r}")
+    return argv, args
 
 
 def settings(p, argv):

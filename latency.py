@@ -147,7 +147,8 @@ def tables(spaces, in_channels, classes, network, file):
     try:
         saved = json.loads(file.read_text())
         known, factor = saved.pop("nanoseconds"), saved.pop("factor")
-        known = known if saved == here else {}
+        sound = all(isinstance(n, (int, float)) and 0 < n < math.inf for n in (factor, *known.values()))
+        known = known if sound and saved == here else {}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         known = {}
     needed = {}

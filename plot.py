@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import textwrap
 from pathlib import Path
@@ -81,6 +82,9 @@ def measured(file):
         return []
     with reading(file):
         rows = [row for row in json.loads(file.read_text()) if row["accuracy"] is not None]
+        for row in rows:
+            if not (0 < row["flops"] < math.inf and 0 < row["params"] < math.inf and 0 <= row["accuracy"] <= 1):
+                raise ValueError(f"{row['flops']} MACs, {row['params']} parameters, accuracy {row['accuracy']}")
         return [(str(row.get("name", f"A{row['stage']}")), str(row.get("init", "scratch")), row["flops"] / 1e6,
                  row["params"] / 1e6, 100 * row["accuracy"]) for row in rows]
 
@@ -317,6 +321,8 @@ def history(run):
                         raise ValueError(f"{p} are not probabilities")
                 if any(len(block["op"]) != len(OPS) for block in blocks):
                     raise ValueError(f"not {len(OPS)} operations")
+                if not type(row["stage"]) is type(step) is int:
+                    raise ValueError(f"stage {row['stage']}, step {step}")
                 found.setdefault(row["stage"], {})[step] = blocks       # the last step may be there twice
     if not found:
         raise Missing(f'no "alphas" in {file}: the run is older than they are, or was not searched')
@@ -401,6 +407,13 @@ def main(argv=None):
         if not (run / "summary.json").is_file():
             p.error(f"{run} has no summary.json: it is not the folder of a finished run")
     out, first = args.out or args.runs[0], args.runs[0]
+    for read, what in ((curves, args.runs), (networks, first), (history, first)):
+        try:
+            read(what)                                          # a broken file ends it before a picture is drawn
+        except Missing:
+            continue
+        except ValueError as error:
+            p.error(error)
     for draw, what in ((curve, args.runs), (architectures, first), (alphas, first)):
         path = out / f"{draw.__name__}.png"
         try:
@@ -411,9 +424,8 @@ def main(argv=None):
             print(f"plot.py: no {path.name}: {error}", file=sys.stderr)
         except OSError as error:
             p.error(f"{path}: {error.strerror}")
-        except ValueError as error:
-            p.error(error)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)             # Ctrl-C, but for where a script listens, ends it at once
     sys.exit(main())

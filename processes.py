@@ -75,6 +75,11 @@ def save(path, content):
     files.write(path, files.pack(content) if isinstance(content, dict) else content)
 
 
+def log(path, size, text):
+    """Append `text` to the first `size` bytes of a file, and return its new size. The first process does."""
+    return 0 if share()[0] else files.extend(path, size, text)
+
+
 def average(parameters, *values):
     """Replace each gradient by its mean over all processes, and return the means of `values`, tensors.
 

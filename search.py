@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import signal
 import sys
 import time
 
@@ -38,24 +39,22 @@ WEIGHTS_A_STEP = 5              # the parts are 5/6 and 1/6: five weight steps, 
 HISTORY = 200                   # steps between the architecture probabilities that the log keeps
 WEIGHTS, ALPHAS, PATHS, GROWTH = range(4)   # what is drawn: with seed, stage and step it seeds a generator
 MOST_SKIPPED = 5                # batches of a stage whose numbers may go bad before the run gives up
-VERSION = 1                     # of last.pt
+VERSION = 2                     # of last.pt
 
 
-def search(args, images, parts, out, device, caught):
+def search(args, images, parts, run, out, device, caught):
     """Fig. 2. Writes all that a run leaves into the folder `out`, and returns the summary, a row a stage.
 
     parts: of the images as indices, 5/6 for the weights and 1/6 for alpha, from `data.split`.
+    run: how far it is, `blank` or from `recall`.
     caught: a list that signals join; when it is no longer empty, the step ends, is saved, and SystemExit
-    raised. ValueError if last.pt, which args.resume goes on from, is not this run's or not whole.
+    raised.
     """
     loader = images.loader(images.statistics(parts[0]), args.batch_size, device)
     shape = {"in_channels": images.channels, "classes": images.classes}
     supernet = teacher = None
-    run = blank()
-    last = out / "last.pt"
-    resumed = args.resume and processes.first(last.exists)
-    if resumed:
-        run = recall(last, args, device)
+    last, resumed = out / "last.pt", "supernet" in run
+    processes.log(out / "log.jsonl", run["logged"], "")         # of a run gone on with: no more than it had then
     for stage in range(run["stage"], args.stages):
         clock = time.perf_counter()
         meter = flops.meter(device) if processes.share()[1] == 1 else None       # it sees one device only
@@ -88,8 +87,8 @@ def search(args, images, parts, out, device, caught):
             if meter:
                 meter()                             # now and then, before its counter wraps around
             if row is not None:
-                run["log"].append(row | {"seconds": run["seconds"]})
-            processes.save(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in run["log"]))
+                text = json.dumps(row | {"seconds": run["seconds"]}) + "\n"
+                run["logged"] = processes.log(out / "log.jsonl", run["logged"], text)
             keep(last, run, args, stage, supernet, sgd, adam, teacher)
             if stopped := processes.heard(caught):
                 print(f"stopped in A{stage}, after step {run['step']}; go on with: "
@@ -107,7 +106,7 @@ def search(args, images, parts, out, device, caught):
 
 def blank():
     """What a run has at its beginning; the rest of it are the supernet, its teacher and the optimisers."""
-    return {"stage": 0, "step": 0, "seconds": 0.0, "means": {}, "alphas": [], "skipped": [], "log": [], "summary": []}
+    return {"stage": 0, "step": 0, "seconds": 0.0, "means": {}, "alphas": [], "skipped": [], "logged": 0, "summary": []}
 
 
 def keep(last, run, args, stage, supernet, sgd, adam, teacher):
@@ -366,11 +365,13 @@ def main(argv=None):
         return print(dry_run(args, images, parts, device))
     with contextlib.ExitStack() as stack, processes.signals() as caught, flags.explained(p, args.out):
         processes.first(flags.hold, p, args.out, stack)
+        last = args.out / "last.pt"
+        run = recall(last, args, device) if args.resume and processes.first(last.exists) else blank()
         processes.save(args.out / "args.json", json.dumps(flags.kept(args), indent=1) + "\n")
         folder.record(p, images, args.out, parts)
         processes.note("out", str(args.out))
         print(f"{args.method} on {args.data}, seed {args.seed}, into {args.out}", flush=True)
-        summary = search(args, images, parts, args.out, device, caught)
+        summary = search(args, images, parts, run, args.out, device, caught)
         print(plot.table(summary))
         if processes.share()[0] == 0:
             plot.curve([args.out], args.out / "curve.png")
@@ -378,4 +379,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)             # Ctrl-C, but for where a script listens, ends it at once
     sys.exit(main())

@@ -15,6 +15,7 @@ import importlib.util
 import json
 import math
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -54,6 +55,7 @@ def train(network, loader, index, tester, test_index, args, name, stage, checkpo
 
     checkpoint: a file that each epoch is saved in; with args.resume, training goes on from it.
     caught: as in `search`; the step ends, is saved, and SystemExit raised. Also if the loss is not finite.
+    ValueError if the file is not a checkpoint of this training.
     """
     decayed, others = [], []
     for p in network.parameters():
@@ -72,8 +74,8 @@ def train(network, loader, index, tester, test_index, args, name, stage, checkpo
             rows, begin, total, seconds = (saved[key] for key in ("rows", "step", "total", "seconds"))
         except (ValueError, LookupError, RuntimeError, TypeError) as error:
             why = str(error).splitlines()[0]
-            raise SystemExit(f"train.py: {checkpoint} is not one of this training ({why}); delete it, and {name} is "
-                             "trained anew") from None
+            raise ValueError(f"{checkpoint} is not one of this training ({why}); delete it, and {name} is trained "
+                             "anew") from None
     rank, n = processes.share()                          # of n processes each takes its share of every batch
     start = len(rows) * epoch_length + begin
     batches = loader.shuffled(index, args.seed, stage, BATCHES, start=start, share=(rank, n))
@@ -222,9 +224,10 @@ def source(p, args, archs, folder):
     if (folder / "args.json").exists():
         try:
             ran = json.loads((folder / "args.json").read_text())
-            if args.data in (None, ran["data"]):
-                found |= {key: ran[key] for key in ("data", "classes", "skip_broken", "seed") if key in ran}
-        except (OSError, ValueError, TypeError, LookupError) as error:
+            if args.data in (None, ran["data"]):                # else the run's folder of images may be gone
+                ran = vars(flags.begun(ran)[1])
+                found |= {key: ran[key] for key in ("data", "classes", "skip_broken", "seed")}
+        except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
             p.error(f"{folder / 'args.json'} is not what a run writes ({error})")
     found |= {key: getattr(args, key) for key in flags.DATA if getattr(args, key) is not None}
     if found["data"] not in data.NAMES:
@@ -251,13 +254,31 @@ def check(p, args, archs, folder, images):
         p.error("--export to .onnx needs onnx: pip install onnx onnxscript, or export to .pt2")
 
 
-def check_batch(p, batch_size, images):
-    """End in p.error for a batch that does not fit the number of images, or that of processes."""
+def check_size(p, name, arch, batch_size, images, device):
+    """End in p.error for a batch that does not fit the number of images or processes, or with `arch` the memory."""
     n = processes.share()[1]
     if batch_size > images:
         p.error(f"--batch-size {batch_size} is more than the {images} images")
     if batch_size % n:
         p.error(f"--batch-size {batch_size} does not divide by the {n} processes")
+    need, has = flops.training_memory(arch, batch_size // n), flops.memory(device)
+    if need > has:
+        p.error(f"{name} needs {need / 2 ** 30:,.1f} GB to train with --batch-size {batch_size}, by an estimate that "
+                f"is rather low, but there are {has / 2 ** 30:,.1f}: take a smaller batch, or a smaller network")
+
+
+def read_rows(file):
+    """The rows of a trained.json. ValueError if they are not what `train_all` writes."""
+    try:
+        rows = json.loads(file.read_text())
+        kinds = {(type(row["name"]), type(row["init"]), type(row["epochs"][-1]["accuracy"])) for row in rows}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON ({error})") from None
+    except (TypeError, LookupError) as error:
+        raise ValueError(f"{file} is not what train.py writes ({error!r})") from None
+    if kinds - {(str, str, float)}:
+        raise ValueError(f"{file} is not what train.py writes: name, init or accuracy are of other types")
+    return rows
 
 
 def progress(label, checkpoint, trained, resume):
@@ -278,16 +299,13 @@ def train_all(p, args, archs, folder, out, device, images, test, caught):
         (index, test_index), test = data.split(images.labels, args.seed), images
     stats = images.statistics(index)
     results = out / "trained.json"
-    try:
-        rows = json.loads(results.read_text()) if results.exists() else []
-    except ValueError as error:
-        raise ValueError(f"{results} is not JSON ({error})") from None
+    rows = processes.first(read_rows, results) if results.exists() else []
     for name, searched in archs.items():
         arch = searched._replace(classes=images.classes, resolution=images.resolution)      # as the images are
         given = argparse.Namespace(**vars(args))
         for key, value in DEFAULTS["paper" if arch.space == "paper" else "small"].items():
             setattr(given, key, value if getattr(args, key) is None else getattr(args, key))
-        processes.first(check_batch, p, given.batch_size, len(index))
+        processes.first(check_size, p, name, arch, given.batch_size, len(index), device)
         label = name if args.init == "scratch" else f"{name}.{args.init}"     # what its files are called
         checkpoint, mine = out / f"{label}.last.pt", {"name": name, "init": args.init}
         trained = any(mine.items() <= row.items() for row in rows)
@@ -341,4 +359,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)             # Ctrl-C, but for where a script listens, ends it at once
     sys.exit(main())

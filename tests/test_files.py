@@ -116,3 +116,16 @@ def test_a_write_cut_short_leaves_the_old_file_whole(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         files.write(path, b"new" * 1000)
     assert path.read_bytes() == b"old"
+
+
+def test_a_log_is_cut_to_what_a_checkpoint_knows_and_goes_on(tmp_path):
+    path = tmp_path / "log.jsonl"
+    assert files.extend(path, 0, "") == 0 and path.read_bytes() == b""
+    assert files.extend(path, 0, "eins\n") == 5 and files.extend(path, 5, "zwölf\n") == 12
+    assert path.read_text() == "eins\nzwölf\n"
+    with open(path, "a") as file:
+        file.write("half a li")                                          # what a kill leaves
+    assert files.extend(path, 5, "drei\n") == 10 and path.read_text() == "eins\ndrei\n"
+    with pytest.raises(ValueError, match=r"log\.jsonl is shorter"):
+        files.extend(path, 11, "vier\n")
+    assert path.read_text() == "eins\ndrei\n"

@@ -281,40 +281,6 @@ def test_a_log_without_alphas_is_refused(tmp_path):
     assert not (tmp_path / "alphas.png").exists()
 
 
-@pytest.mark.parametrize(("file", "content", "says"), [
-    (None, None, "is not a folder"),
-    ("summary.json", None, "has no summary.json"),
-    ("summary.json", "[{", "summary.json is not JSON"),
-    ("summary.json", '{"stage": 0}', "summary.json is not what a run writes"),
-    ("summary.json", '[{"stage": 0, "flops": "1M", "params": 1, "accuracy": 0.5}]', "summary.json is not"),
-    ("summary.json", "\xff", "summary.json is not"),
-    ("trained.json", "[3]", "trained.json is not what a run writes"),
-    ("args.json", "[3]", "args.json is not what a run writes"),
-    ("A1.json", '{"stem": 16, "resolution": 28, "blocks": [{"op": "conv"}]}', "A1.json is not what a run"),
-    ("log.jsonl", '{"stage": 0, "step": 1, "alphas": [{"op": [0.5, 0.6]}]}', "are not probabilities"),
-    ("log.jsonl", '{"stage": 0, "step": 1, "alphas": [{"op": [0.5, 0.5]}]}', "not 8 operations"),
-    ("log.jsonl", '{"stage": 0, "st', "log.jsonl is not JSON")])
-def test_a_mistake_ends_in_one_line(unsaved, tmp_path, capsys, file, content, says):
-    run = tmp_path / "run"
-    if file:
-        make(run)
-        (run / file).unlink(missing_ok=True)
-    if content:
-        (run / file).write_text(content, encoding="latin-1")
-    with pytest.raises(SystemExit) as stop:
-        plot.main([str(run)])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith("plot.py: ") and says in err and err.count("\n") == 1
-
-
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit) as stop:
-        plot.main([str(make(tmp_path / "run")), "--out", str(tmp_path / "file")])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err == f"plot.py: {tmp_path}/file/curve.png: File exists\n"
-
-
 def test_the_table_adds_up():
     costs = {"flops": 1e6, "params": 1e5, "seconds": 1.5, "kwh": 0.25, "co2e_lb": 0.5}
     text = plot.table([{"stage": n, "accuracy": a} | costs for n, a in enumerate((0.5, None))]).splitlines()

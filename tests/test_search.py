@@ -2,19 +2,16 @@
 
 The oracle is a second run: with the same seed, with another, undisturbed beside interrupted.
 """
-import io
 import json
 import multiprocessing
 import random
 import resource
-import shutil
 import time
 
 import pytest
 import torch
 
 import data
-import files
 import ops as search_ops
 import search
 import supernet as supernet_module
@@ -120,60 +117,6 @@ def test_learning_rate_warms_up_and_ends_at_zero():
     assert max(rates) <= 0.2 and rates[5:] == sorted(rates[5:], reverse=True)
 
 
-@pytest.mark.parametrize("flags, says", [
-    (["--stages", "0"], "--stages"),
-    (["--stages", "6"], "--stages"),
-    (["--stages", "two"], "--stages"),
-    (["--space", "large"], "--space"),
-    (["--data", "imagenette"], "--data"),
-    (["--method", "darts"], "--method"),
-    (["--widen", "naive"], "--widen"),
-    (["--epochs", "0"], "--epochs"),
-    (["--epochs", "1", "2"], "--epochs"),
-    (["--epochs", "nan"], "--epochs"),
-    (["--batch-size", "0"], "--batch-size"),
-    (["--batch-size", "1.5"], "--batch-size"),
-    (["--lr", "-1"], "--lr"),
-    (["--alpha-lr", "inf"], "--alpha-lr"),
-    (["--weight-decay", "-1e-4"], "--weight-decay"),
-    (["--mu", "0"], "--mu"),
-    (["--flops-target", "20Q"], "--flops-target"),
-    (["--flops-target", "1M", "2M"], "--flops-target"),
-    (["--seed", "-1"], "--seed"),
-    (["--device", "abacus"], "--device"),
-    (["--resume"], "--resume"),
-    (["--method", "scaling", "--flops-target", "off"], "--flops-target"),
-    (["--colour", "red"], "--colour"),
-])
-def test_bad_use_ends_in_one_line(flags, says, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        search.main(flags)
-    captured = capsys.readouterr()
-    assert stopped.value.code == 2 and captured.err.count("\n") == 1 and says in captured.err and not captured.out
-    assert not list(tmp_path.iterdir())                            # before any work
-
-
-def test_a_folder_that_holds_something_is_refused(tmp_path, capsys):
-    (tmp_path / "args.json").write_text("{}")
-    for flags, says in ((["--out", str(tmp_path)], "--resume"),
-                        (["--out", str(tmp_path / "args.json")], "--out"),
-                        (["--resume", "--out", str(tmp_path / "none")], "--resume")):
-        with pytest.raises(SystemExit) as stopped:
-            search.main(flags)
-        error = capsys.readouterr().err
-        assert stopped.value.code == 2 and error.count("\n") == 1 and says in error
-    assert (tmp_path / "args.json").read_text() == "{}"
-
-
-def test_resume_refuses_settings_that_are_not_the_runs(tmp_path, capsys):
-    run(tmp_path / "run")
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        search.main(["--resume", "--out", str(tmp_path / "run"), "--seed", "3"])
-    assert stopped.value.code == 2 and "--seed is 3" in capsys.readouterr().err
-
-
 def test_pieces_of_a_batch_give_the_gradient_of_the_whole(monkeypatch):
     for module in (search_ops, supernet_module):                   # batch norm alone ties the images together
         monkeypatch.setattr(module, "norm", lambda x, layer: x)
@@ -223,42 +166,6 @@ def test_an_undefined_gradient_is_noticed_too():
         search.checked(4, [p], torch.tensor([1.0, 0.5]))
     p.grad = torch.ones(3)
     assert [float(v) for v in search.checked(4, [p], torch.tensor([1.0, 0.5]))] == [1.0, 0.5]
-
-
-def damaged(raw):
-    return raw[:500] + bytes(b ^ 255 for b in raw[500:600]) + raw[600:]
-
-
-@pytest.mark.parametrize("change, says", [
-    (lambda raw: raw[:len(raw) // 2], "cut short"),
-    (damaged, "damaged"),
-    (lambda raw: b"", "cut short"),
-    (lambda raw: files.pack({**torch.load(io.BytesIO(raw), weights_only=True), "version": 0}), "version 0"),
-    (lambda raw: files.pack({"version": search.VERSION, "settings": {"seed": 9}}), "another run"),
-])
-def test_a_broken_checkpoint_is_refused_in_one_line(undisturbed, tmp_path, change, says, capsys):
-    shutil.copytree(undisturbed["out"], tmp_path / "run")
-    last = tmp_path / "run" / "last.pt"
-    last.write_bytes(change(last.read_bytes()))
-    before = {path.name: path.read_bytes() for path in last.parent.iterdir()}
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        search.main(["--resume", "--out", str(last.parent)])
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.count("\n") == 1 and says in error and "last.pt" in error
-    assert before == {path.name: path.read_bytes() for path in last.parent.iterdir()}
-
-
-@pytest.mark.parametrize("change", [{"seed": "x"}, {"epochs": []}, {"epochs": [0]}, {"grow": 1}, {"data": 3},
-                                    {"colour": "red"}, {"lr": [1, 2]}, {"flops_target": "many"}, {"method": None}])
-def test_settings_of_a_run_are_checked_like_flags(undisturbed, tmp_path, change, capsys):
-    shutil.copytree(undisturbed["out"], tmp_path / "run")
-    file = tmp_path / "run" / "args.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(SystemExit) as stopped:
-        search.main(["--resume", "--out", str(file.parent)])
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.count("\n") == 1 and "args.json" in error
 
 
 def test_a_full_disk_ends_in_one_line_and_the_run_goes_on(undisturbed, tmp_path, capsys):

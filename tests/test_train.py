@@ -4,7 +4,6 @@ The oracle is a second run, a reloaded program, or the files that must be there.
 """
 import json
 import re
-import shutil
 
 import pytest
 import torch
@@ -137,47 +136,6 @@ def test_validation_writes_nothing_and_asks_for_no_test_image(searched, tmp_path
     assert "accuracy" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags, says", [
-    (["nowhere.json"], "nowhere.json"),
-    (["."], "A0.json"),
-    (["RUN/A0.json", "--epochs", "0"], "--epochs"),
-    (["RUN/A0.json", "--lr", "nan"], "--lr"),
-    (["RUN/A0.json", "--dropout", "1"], "--dropout"),
-    (["RUN/A0.json", "--ema", "2"], "--ema"),
-    (["RUN/A0.json", "--smoothing", "-1"], "--smoothing"),
-    (["RUN/A0.json", "--init", "magic"], "--init"),
-    (["RUN/A0.json", "--data", "photos"], "--data"),
-    (["RUN/A0.json", "--export", "net.zip"], "--export"),
-    (["RUN", "--export", "net.pt2"], "--export"),
-    (["RUN/A0.json", "--batch-size", "5000", "--data", "fake"], "--batch-size"),
-    (["RUN/args.json"], "args.json"),
-])
-def test_bad_use_of_train_ends_in_one_line(searched, flags, says, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    refused(train.main, [flag.replace("RUN", str(searched)) for flag in flags], says, capsys)
-
-
-@pytest.mark.parametrize("flags, says", [
-    (["nowhere", "--flops", "1M"], "nowhere"),
-    (["RUN"], "--flops"),
-    (["RUN", "--flops", "1Q"], "--flops"),
-    (["RUN", "--flops", "off"], "budget"),
-    (["RUN", "--flops", "1k"], "out of reach"),
-    (["RUN", "--flops", "1G"], "out of reach"),
-    (["RUN", "--flops", "1M", "--params", "1M"], "--params"),
-    (["RUN", "--flops", "1M", "--stage", "4"], "A4"),
-    (["RUN", "--latency", "2"], "--latency"),
-    (["RUN", "--latency", "2M"], "--latency"),
-    (["RUN", "--latency", "1us"], "0.001 ms is out of reach: networks have "),
-    (["RUN", "--latency", "1s"], "1000.000 ms is out of reach: networks have "),
-    (["RUN", "--flops", "1M", "--latency", "1ms"], "--latency"),
-    (["RUN", "--points", "1"], "--points"),
-    (["RUN", "--flops", "1M", "--refine", "0"], "--refine"),
-])
-def test_bad_use_of_derive_ends_in_one_line(searched, flags, says, capsys):
-    refused(derive.main, [flag.replace("RUN", str(searched)) for flag in flags], says, capsys)
-
-
 def refused(main, flags, says, capsys):
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
@@ -250,24 +208,6 @@ def test_a_loss_that_is_not_finite_ends_the_training_and_is_not_saved(searched, 
     assert len(saved["rows"]) == 1 and all(torch.isfinite(w).all() for w in saved["network"].values())
 
 
-@pytest.mark.parametrize("content", [b"", b"PK and nothing else", files.pack({"network": {}})])
-def test_a_checkpoint_that_is_not_of_this_training_is_refused(searched, tmp_path, content):
-    (tmp_path / "A0.last.pt").write_bytes(content)
-    with pytest.raises(SystemExit) as stopped:
-        train.main([str(searched / "A0.json"), *FAST, "--out", str(tmp_path), "--resume"])
-    assert "A0.last.pt is not one of this training" in stopped.value.code and "\n" not in stopped.value.code
-
-
 def test_two_trainings_do_not_share_a_folder(searched, tmp_path, capsys):
     with files.lock(tmp_path):
         refused(train.main, [str(searched / "A0.json"), *FAST, "--out", str(tmp_path)], "in use by another", capsys)
-    (tmp_path / "trained.json").write_text("[{")
-    refused(train.main, [str(searched / "A0.json"), *FAST, "--out", str(tmp_path)], "trained.json", capsys)
-
-
-@pytest.mark.parametrize("change", [{"batch_size": None}, {"seed": "x"}, {"colour": "red"}, {"data": "nowhere"}])
-def test_derive_checks_the_settings_of_a_run(searched, tmp_path, change, capsys):
-    shutil.copytree(searched, tmp_path / "run")
-    file = tmp_path / "run" / "args.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    refused(derive.main, [str(tmp_path / "run"), "--flops", "1M", "--refine", "2"], "args.json is not what", capsys)
