@@ -101,15 +101,19 @@ def train(network, loader, index, tester, test_index, args, name, stage, checkpo
                 for group in sgd.param_groups:
                     group["lr"] = rate
                 x, y = next(batches)
-                with torch.autocast(loader.device.type, torch.bfloat16, enabled=args.autocast):
-                    loss = F.cross_entropy(network(x), y, label_smoothing=args.smoothing)
                 sgd.zero_grad()
-                loss.backward()
+                loss = torch.zeros_like(total)
+                for part_x, part_y in zip(x.chunk(args.accumulate), y.chunk(args.accumulate)):
+                    with torch.autocast(loader.device.type, torch.bfloat16, enabled=args.autocast):
+                        part = F.cross_entropy(network(part_x), part_y, label_smoothing=args.smoothing)
+                    part = part * (len(part_y) / len(y))
+                    part.backward()
+                    loss += part.detach()
                 loss, = processes.average(network.parameters(), loss)        # and gradients, over all processes
                 sgd.step()
                 if args.ema:
                     average.update_parameters(network)
-                total += loss.detach()
+                total += loss
                 bar.update()
                 if step % 50 == 49:
                     bar.set_postfix_str(f"loss {float(total) / (step + 1):.3f}")
@@ -184,6 +188,8 @@ def parser():
     g = p.add_argument_group("training", "(defaults for the paper's space; for small images)")
     g.add_argument("--epochs", type=number(int, 1), help="(180, the paper's; 3)")
     g.add_argument("--batch-size", type=number(int, 1), metavar="B", help="(1024; 64)")
+    g.add_argument("--accumulate", type=number(int, 1), default=1, metavar="N", help="compute a batch in N pieces, for "
+                   "less memory: the same gradient, but for batch norm, which sees a piece at a time (1)")
     g.add_argument("--lr", type=number(float, 1e-9), help="peak learning rate (0.4; 0.2)")
     g.add_argument("--weight-decay", type=number(float, 0), default=1e-4, help="of weight matrices (1e-4)")
     g.add_argument("--smoothing", type=number(float, 0), default=0.1, help="label smoothing (0.1)")
@@ -254,17 +260,19 @@ def check(p, args, archs, folder, images):
         p.error("--export to .onnx needs onnx: pip install onnx onnxscript, or export to .pt2")
 
 
-def check_size(p, name, arch, batch_size, images, device):
+def check_size(p, name, arch, args, images, device):
     """End in p.error for a batch that does not fit the number of images or processes, or with `arch` the memory."""
-    n = processes.share()[1]
-    if batch_size > images:
-        p.error(f"--batch-size {batch_size} is more than the {images} images")
-    if batch_size % n:
-        p.error(f"--batch-size {batch_size} does not divide by the {n} processes")
-    need, has = flops.training_memory(arch, batch_size // n), flops.memory(device)
+    size, n = args.batch_size, processes.share()[1]
+    if size > images:
+        p.error(f"--batch-size {size} is more than the {images} images")
+    if size % n:
+        p.error(f"--batch-size {size} does not divide by the {n} processes")
+    if args.accumulate > size // n:
+        p.error(f"--accumulate {args.accumulate} is more than the {size // n} images that a process has of a batch")
+    need, has = flops.training_memory(arch, size // n // args.accumulate), flops.memory(device)
     if need > has:
-        p.error(f"{name} needs {need / 2 ** 30:,.1f} GB to train with --batch-size {batch_size}, by an estimate that "
-                f"is rather low, but there are {has / 2 ** 30:,.1f}: take a smaller batch, or a smaller network")
+        p.error(f"{name} needs {need / 2 ** 30:,.1f} GB to train with --batch-size {size}, by an estimate that is "
+                f"rather low, but there are {has / 2 ** 30:,.1f}: take a larger --accumulate, or a smaller network")
 
 
 def read_rows(file):
@@ -305,7 +313,7 @@ def train_all(p, args, archs, folder, out, device, images, test, caught):
         given = argparse.Namespace(**vars(args))
         for key, value in DEFAULTS["paper" if arch.space == "paper" else "small"].items():
             setattr(given, key, value if getattr(args, key) is None else getattr(args, key))
-        processes.first(check_size, p, name, arch, given.batch_size, len(index), device)
+        processes.first(check_size, p, name, arch, given, len(index), device)
         label = name if args.init == "scratch" else f"{name}.{args.init}"     # what its files are called
         checkpoint, mine = out / f"{label}.last.pt", {"name": name, "init": args.init}
         trained = any(mine.items() <= row.items() for row in rows)

@@ -1,6 +1,7 @@
 """What a search step costs, in ratios: a benchmark, not a test. Prints a table and writes JSON.
 
     python tests/bench.py [--quick] [--out bench.json]
+    python tests/bench.py --full-size        # the paper's steps at 224 pixels, A0..A4 with growth between them
 
 All variants of a row run in one process, in turns, and medians over the repeats are compared, so that a noisy
 machine harms both sides alike. "All paths" is FBNetV2's way: all eight candidates of every block, at full
@@ -21,14 +22,18 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import flags
 import search
-from derive import Network, arch, inherit
+from derive import Network, arch, derive, inherit
 from grow import grow
 from space import SPACES, round8
 from supernet import SuperNet, require_grad
+
+IMAGENET_100 = 130_000              # about 1,300 images a class
+V100 = 15.7e12                      # its FLOPs a second in float32, by NVIDIA's data sheet
 
 
 def timed(variants, repeats, warm=2):
@@ -73,9 +78,10 @@ def all_paths(net, x):
 class Steps:
     """A supernet of `space` with optimisers and one batch, and the steps that can be taken with it."""
 
-    def __init__(self, space, batch, size, channels=3, classes=10):
-        self.g = torch.Generator().manual_seed(0)
-        self.net = SuperNet(space, channels, classes, self.g)
+    def __init__(self, space, batch, size, channels=3, classes=10, old=None):
+        self.g, clock = torch.Generator().manual_seed(0), time.perf_counter()
+        self.net = grow(old, space, self.g) if old else SuperNet(space, channels, classes, self.g)
+        self.grown = time.perf_counter() - clock
         self.x = torch.randn(batch, channels, size, size, generator=self.g)
         self.y = torch.randint(classes, (batch,), generator=self.g)
         self.sgd = torch.optim.SGD(self.net.weights(), 0.01, momentum=0.9, weight_decay=1e-4)
@@ -230,6 +236,52 @@ def linearity(repeats, size):
              r2(sizes, [batches[b] for b in sizes]), ">= 0.98", 5 * repeats)]
 
 
+def full_size(batch, size=224):
+    """Text: seconds, memory and FLOPs of the paper's steps at its own size, and what its search takes by them.
+
+    FLOPs are counted forward, for one image: two paths, and the teacher. Backward takes twice as many for the
+    weights, as many for alpha, which has a step for every five of theirs.
+    """
+    lines = [f"{batch} images of {size} pixels a step, 100 classes",
+             "      blocks  grow s  weights s  alphas s  GB a step  GB weights  GFLOP forward  teacher"]
+    net, teacher, total = None, None, 0.0
+    for space, epochs in zip(SPACES["paper"], flags.DEFAULTS["paper"]["epochs"], strict=True):
+        steps = Steps(space._replace(resolution=size), batch, size, 3, 100, net)
+        text, flop = costs_of(steps, teacher, batch)
+        lines.append(f"A{space.stage}{len(space.blocks):>10}{steps.grown:>8.1f}{text}")
+        total += flop * IMAGENET_100 * 5 / 6 * epochs
+        net = steps.net
+        teacher = inherit(Network(derive(net)), net).eval()
+    hours = total / V100 / 3600
+    lines.append(f"The paper's search on ImageNet-100, {IMAGENET_100:,} images: {total:.2e} FLOP, {hours:.1f} hours of a V100 "
+                 f"at its {V100 / 1e12} TFLOPS.")
+    lines.append(f"The paper's 456 hours are {hours / 456:.1%} of that speed: small depthwise networks are bound by "
+                 "memory, not by arithmetic.")
+    return "\n".join(lines)
+
+
+def costs_of(steps, teacher, batch):
+    """(seconds, memory and FLOPs of these steps, as text; FLOPs an image of the weights' part)."""
+    def two():
+        return steps.two_paths(teacher)
+    held = memory(steps, two)
+    times = timed({alphas: lambda alphas=alphas: steps.update(two, alphas) for alphas in (False, True)}, 3, warm=1)
+    with torch.no_grad():
+        taught = flops_of(lambda: teacher(steps.x), 1) / batch if teacher else 0.0
+        student = flops_of(steps.two_paths, 8) / batch
+    weights = 4 * sum(p.numel() for p in steps.net.weights())
+    return (f"{times[False]:>11.1f}{times[True] - times[False]:>10.1f}{held / 2 ** 30:>11.2f}{weights / 2 ** 30:>12.2f}"
+            f"{student / 1e9:>15.2f}{taught / 1e9:>9.2f}"), 3 * student + taught + (2 * student + taught) / 5
+
+
+def flops_of(call, repeats):
+    """FLOPs (two a multiply-accumulate) of a call, by PyTorch's counter: the mean of some, which draw other paths."""
+    with FlopCounterMode(display=False) as counter:
+        for _ in range(repeats):
+            call()
+    return counter.get_total_flops() / repeats
+
+
 def r2(x, y):
     """The share of y's variance that a straight line in x explains."""
     return float(np.corrcoef(x, y)[0, 1] ** 2)
@@ -238,8 +290,11 @@ def r2(x, y):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--quick", action="store_true", help="fewer repeats and smaller images: within a minute")
+    p.add_argument("--full-size", action="store_true", help="time, memory and FLOPs of the paper's steps at 224 pixels")
     p.add_argument("--out", type=Path, default=Path("bench.json"))
     args = p.parse_args(argv)
+    if args.full_size:
+        return print(full_size(8))
     repeats, size, paths, batch = (2, 48, 2, 4) if args.quick else (9, 96, 5, 16)
     torch.manual_seed(0)
     rows = [*two_paths_against_all(0, repeats, 4, size), *two_paths_against_all(4, repeats, 4, size),

@@ -5,8 +5,10 @@ image by image in Python for the same draws.
 """
 import gzip
 import itertools
+import pickle
 import struct
 
+import numpy as np
 import pytest
 import torch
 from oracles import seeded
@@ -231,6 +233,32 @@ def test_a_generator_is_a_function_of_its_position():
     places = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (2, 3, 5), (2, 5, 3), (2 ** 40, 3, 5)]
     assert len({first(*p) for p in places}) == len(places)
     assert all(first(*p) == first(*p) for p in places)
+
+
+@pytest.mark.parametrize("name, folder, files, key", [
+    ("cifar10", "cifar-10-batches-py", {"train": [f"data_batch_{n}" for n in range(1, 6)], "test": ["test_batch"]}, "labels"),
+    ("cifar100", "cifar-100-python", {"train": ["train"], "test": ["test"]}, "fine_labels")])
+def test_cifar_is_what_its_archive_holds(monkeypatch, tmp_path, name, folder, files, key):
+    """An archive of three images a file, which has another checksum than the real one."""
+    classes, kind = int(name[5:]), {"cifar10": data.CIFAR10, "cifar100": data.CIFAR100}[name]
+    monkeypatch.setattr(kind, "_check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *given: True)
+    (tmp_path / folder).mkdir()
+    g, pixels = np.random.default_rng(0), {}
+    for part, names in files.items():
+        for file in names:
+            pixels[file] = g.integers(0, 256, (3, 3072), dtype=np.uint8)
+            content = {"data": pixels[file], key: [0, 1, classes - 1]}
+            (tmp_path / folder / file).write_bytes(pickle.dumps(content))
+    meta = {"label_names": list(range(classes)), "fine_label_names": list(range(classes))}
+    for file in ("batches.meta", "meta"):
+        (tmp_path / folder / file).write_bytes(pickle.dumps(meta))
+    for part, names in files.items():
+        images = data.cifar(name, part, tmp_path)
+        assert (images.classes, images.channels, images.resolution) == (classes, 3, 32)
+        assert images.labels.tolist() == [0, 1, classes - 1] * len(names)
+        want = np.concatenate([pixels[file] for file in names]).reshape(-1, 3, 32, 32)       # red, green, blue planes
+        assert np.array_equal(images.pixels.numpy(), want)
 
 
 def test_cifar_without_a_network_says_where_the_archive_goes(monkeypatch, tmp_path):

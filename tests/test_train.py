@@ -12,6 +12,7 @@ import data
 import derive
 import files
 import latency
+import ops
 import search
 import train
 from space import Arch
@@ -66,6 +67,19 @@ def test_training_goes_on_from_the_last_epoch(searched, tmp_path, monkeypatch):
     train.main([arch, *FAST, "--out", str(tmp_path / "cut"), "--ema", "0.9", "--resume"])
     assert trained(tmp_path / "whole") == trained(tmp_path / "cut")
     assert not (tmp_path / "cut" / "A0.last.pt").exists()
+
+
+def test_pieces_of_a_batch_train_as_the_whole(searched, tmp_path, monkeypatch):
+    """Without batch norm, which alone ties the images of a batch together."""
+    for module in (derive, ops):
+        monkeypatch.setattr(module, "norm", lambda x, layer: x)
+    argv = [str(searched / "A0.json"), "--data", "fake", "--epochs", "1", "--lr", "0.01", "--device", "cpu"]
+    for pieces in ("1", "3", "64"):
+        train.main([*argv, "--accumulate", pieces, "--out", str(tmp_path / pieces)])
+    whole, *others = (files.load(tmp_path / pieces / "A0.trained.pt") for pieces in ("1", "3", "64"))
+    for other in others:
+        for name, tensor in whole.items():
+            torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-5)
 
 
 def test_inherited_weights_are_the_supernets(searched):
