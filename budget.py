@@ -6,7 +6,8 @@ is found exactly by dynamic programming over the widths, the price that meets a 
 what it misses by a short search. The same goes for parameters and for time: one mechanism, three costs.
 
 Costs are whole numbers (MACs, parameters, nanoseconds), so that sums of them are exact in any order.
-log_p: for each block the log-probabilities (operations,), (expansions,), (widths,), float64; table: `flops.Costs`.
+log_p: for each block the log-probabilities (operations,), (expansions,), (widths,), float64.
+table: `flops.Costs`.
 """
 import numpy as np
 import torch
@@ -30,10 +31,10 @@ def viterbi_list(log_p, table, price, count):
     Dynamic programming over the width between two blocks: for each width the `count` best beginnings that
     end in it.
     """
-    score, back = torch.zeros(1, 1, dtype=torch.float64), []                             # (widths, beginnings)
+    score, back = torch.zeros(1, 1, dtype=torch.float64), []  # (widths, beginnings)
     for p, cost in zip(log_p, table.blocks):
         gain = (likelihoods(p) - price * cost).flatten(1, 2)                             # (i, op x e, o)
-        every = (score[:, :, None, None] + gain[:, None]).flatten(0, 2)                  # (i x beginnings x op x e, o)
+        every = (score[:, :, None, None] + gain[:, None]).flatten(0, 2)  # (i x beginnings x op x e, o)
         best, chosen = every.topk(min(count, len(every)), 0)
         back.append((chosen, score.shape[1], cost.shape[1:3]))
         score = best.T
@@ -85,7 +86,8 @@ def bisect(log_p, table, budget, low):
     """
     least, most = bounds(table)
     if budget < least:
-        raise ValueError(f"{budget:,.0f} is below the cheapest network, of {least:,.0f} (the dearest: {most:,.0f})")
+        raise ValueError(f"{budget:,.0f} is below the cheapest network, of {least:,.0f} (the dearest: "
+                         f"{most:,.0f})")
     high = 1 / budget
     while (best := viterbi(log_p, table, high))[2] > budget:
         high *= 4
@@ -100,15 +102,16 @@ def bisect(log_p, table, budget, low):
 
 
 def within(log_p, table, budget, price, best):
-    """`most_likely`'s exact part: the best of all networks within the budget, given a good one and a price."""
-    ahead, gains = [-price * table.head], []             # the most that log-likelihood - price x cost can still gain
+    """`most_likely`'s exact part: the best of all networks within the budget, given a good one, a price."""
+    ahead, gains = [-price * table.head], []  # the most that log-likelihood - price x cost can still gain
     for p, cost in zip(reversed(log_p), reversed(table.blocks)):
         gains.append(likelihoods(p) - price * cost)
         ahead.append((gains[-1] + ahead[-1]).amax((1, 2, 3)))
-    floor = best[1] - price * (budget - table.fixed) - 1e-9                   # what a better network must reach at least
+    floor = best[1] - price * (budget - table.fixed) - 1e-9  # what a better network must reach at least
     # Beginnings of networks, a tensor each: their last width, log-likelihood, cost, and the one that they
     # go on from.
-    width, likelihood, cost = torch.zeros(1, dtype=torch.long), torch.zeros(1).double(), torch.zeros(1).double() + table.fixed
+    width, likelihood = torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.float64)
+    cost = likelihood + table.fixed
     trail, remaining = [], cheapest_ends(table)
     for n, (p, costs_n) in enumerate(zip(log_p, table.blocks)):
         score = (likelihood - price * (cost - table.fixed)).view(-1, 1, 1, 1)
@@ -117,7 +120,7 @@ def within(log_p, table, budget, price, best):
         parent, op, expansion, out = keep.nonzero(as_tuple=True)
         cost = cost[parent] + costs_n[width[parent], op, expansion, out]
         likelihood = likelihood[parent] + p[0][op] + p[1][expansion] + p[2][out]
-        order = torch.from_numpy(np.lexsort((-likelihood, cost, out)))        # by width, then cost, then likelihood
+        order = torch.from_numpy(np.lexsort((-likelihood, cost, out)))  # by width, then cost, then likelihood
         likelihood, out = likelihood[order], out[order]
         undominated = torch.ones(len(order), dtype=torch.bool)
         for o in out.unique():
@@ -138,7 +141,7 @@ def within(log_p, table, budget, price, best):
 
 
 def cheapest_ends(table):
-    """For each block, by the width that comes in, the least that it and all behind it cost; at the end the head's."""
+    """For each block, by the width that comes in, the least it and what follows cost; the head's last."""
     ends = [table.head]
     for cost in reversed(table.blocks):
         ends.append((cost + ends[-1]).amin((1, 2, 3)))
@@ -149,8 +152,8 @@ def choose(spaces, budget, show, near=False):
     """The network for a budget from several stages: (lost, which, (options, log-likelihood, cost)).
 
     spaces: (log_p, table) of each stage. Log-likelihoods of different spaces do not compare. What the budget
-    takes from a stage's most likely network does, in nats: the stage that loses the least (of equals the last)
-    searched networks of this size.
+    takes from a stage's most likely network does, in nats: the stage that loses the least (of equals the
+    last) searched networks of this size.
     near: not the most likely within the budget, but what comes nearest to it from below at a price, even a
     negative one. ValueError, with the bounds as `show` writes them, for a budget that no network meets, or
     every one does.
@@ -171,7 +174,7 @@ def choose(spaces, budget, show, near=False):
 
 
 def alternatives(log_p, table, budget, count):
-    """Up to `count` of the most likely networks near and within a budget, as `viterbi` gives one, best first."""
+    """Up to `count` of the most likely networks near and within a budget, as by `viterbi`, best first."""
     first = most_likely(log_p, table, budget)
     price = 0.0 if viterbi(log_p, table, 0.0)[2] <= budget else bisect(log_p, table, budget, 0.0)[0]
     others = viterbi_list(log_p, table, price, 4 * count)

@@ -16,7 +16,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 FASHION = Path(__file__).parent / "datasets" / "FashionMNIST" / "raw"
 CACHE = Path.home() / ".cache" / "adasearch"              # where torchvision keeps what it downloads
 NAMES = ("fashion", "cifar10", "cifar100", "fake")
-PAD = 2                                                   # pixels that a random crop may move, as usual at 28-32 pixels
+PAD = 2  # pixels that a random crop may move, as usual at 28-32 pixels
 
 
 class Images(NamedTuple):
@@ -34,7 +34,7 @@ class Images(NamedTuple):
         return self.pixels.shape[-1]
 
     def statistics(self, index):
-        """(mean, standard deviation) of the pixels in [0, 1] of the images at `index`, a channel: (1, C, 1, 1) each."""
+        """(mean, standard deviation) of the pixels in [0, 1] of the images at `index`: (1, C, 1, 1) each."""
         pixels = self.pixels[index].double() / 255
         return (pixels.mean((0, 2, 3), keepdim=True).float(), pixels.std((0, 2, 3), keepdim=True).float())
 
@@ -68,17 +68,18 @@ def read_idx(path, dimensions):
         raise ValueError(f"{path}: not an idx file of {dimensions} dimensions")
     shape = np.frombuffer(raw, ">u4", dimensions, 4)
     if len(raw) != start + math.prod(int(n) for n in shape):
-        raise ValueError(f"{path}: {len(raw)} bytes are too few or too many for {'x'.join(map(str, shape))} values")
+        raise ValueError(f"{path}: {len(raw)} bytes are too few or too many for {'x'.join(map(str, shape))} "
+                         "values")
     return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=start).reshape(shape).copy())
 
 
 def fashion(part, folder=FASHION):
-    """Fashion-MNIST (Xiao, Rasul and Vollgraf 2017): `part` is train (60,000) or t10k (10,000), 28x28, ten classes."""
+    """Fashion-MNIST (Xiao, Rasul, Vollgraf 2017), 28x28, ten classes; part: train (60,000), t10k (10,000)."""
     pixels = read_idx(folder / f"{part}-images-idx3-ubyte.gz", 3)[:, None]
     labels = read_idx(folder / f"{part}-labels-idx1-ubyte.gz", 1).long()
     if len(labels) != len(pixels) or labels.max() > 9:
-        raise ValueError(f"{folder}: {len(labels)} labels of {len(pixels)} images, from {labels.min()} to {labels.max()}, "
-                         "not 0 to 9, a label an image")
+        raise ValueError(f"{folder}: {len(labels)} labels of {len(pixels)} images, from {labels.min()} to "
+                         f"{labels.max()}, not 0 to 9, a label an image")
     return Images(pixels, labels, 10)
 
 
@@ -97,7 +98,7 @@ def cifar(name, part, folder=CACHE):
 
 
 def fake(n, position, classes=10, channels=1, size=28):
-    """`n` images for smoke tests: a blurred random pattern a class, with noise on top. Learnt within minutes."""
+    """`n` images for smoke tests: a blurred random pattern a class, with noise on top; learnt in minutes."""
     patterns = torch.rand(classes, channels, 7, 7, generator=generator(2021))
     patterns = torch.nn.functional.interpolate(patterns, size, mode="bilinear")
     g = generator(*position)
@@ -107,7 +108,7 @@ def fake(n, position, classes=10, channels=1, size=28):
 
 
 def load(name, part):
-    """The `Images` of data set `name`; `part` is train or test. ValueError for an unknown name, OSError for no files."""
+    """The `Images` of a data set; `part` is train or test. ValueError: an unknown name; OSError: no files."""
     if name == "fashion":
         return fashion({"train": "train", "test": "t10k"}[part])
     if name in ("cifar10", "cifar100"):
@@ -118,7 +119,7 @@ def load(name, part):
 
 
 def split(labels, seed):
-    """The training images' (weights, architecture) parts as indices: of every class 5/6 and 1/6, drawn by `seed`."""
+    """The training images' (weights, architecture) parts as indices: 5/6 and 1/6 of every class, drawn."""
     g, parts = generator(seed), ([], [])
     for c in labels.unique():
         index = (labels == c).nonzero().flatten()
@@ -182,6 +183,6 @@ def augment(x, generator, share=(0, 1)):
     mine = slice(share[0] * b, (share[0] + 1) * b)
     dy, dx = torch.randint(2 * PAD + 1, (2, b * share[1]), generator=generator)[:, mine].to(x.device)
     flip = (torch.rand(b * share[1], 1, 1, 1, generator=generator)[mine] < 0.5).to(x.device)
-    crops = torch.nn.functional.pad(x, (PAD,) * 4).unfold(2, h, 1).unfold(3, w, 1)        # (B, C, dy, dx, H, W)
+    crops = torch.nn.functional.pad(x, (PAD,) * 4).unfold(2, h, 1).unfold(3, w, 1)  # (B, C, dy, dx, H, W)
     moved = crops[torch.arange(b, device=x.device), :, dy, dx]
     return torch.where(flip, moved.flip(3), moved)

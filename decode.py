@@ -19,13 +19,13 @@ import data
 import files
 
 CHUNK = 32                                                # images that a worker hands over at once
-BROKEN = (*files.BROKEN, SyntaxError, Image.DecompressionBombError)     # what Pillow's readers raise, among them
+BROKEN = (*files.BROKEN, SyntaxError, Image.DecompressionBombError)  # what Pillow's readers raise, among them
 
 
 def decode(path, small=False):
     """The image in a file: PIL, RGB, upright. OSError, which names the file, if it is not whole.
 
-    Transparent is white. 16 bits become 8. small: a JPEG at an eighth of its size, which is faster and as strict.
+    Transparent is white. 16 bits become 8. small: a JPEG at an eighth of its size: faster, and as strict.
     """
     try:
         with warnings.catch_warnings():
@@ -36,7 +36,8 @@ def decode(path, small=False):
                 image.load()
                 return rgb(ImageOps.exif_transpose(image))
     except BROKEN as error:
-        known = "is no image" if isinstance(error, UnidentifiedImageError) else str(error).replace(repr(path), "it")
+        known = str(error).replace(repr(path), "it")
+        known = "is no image" if isinstance(error, UnidentifiedImageError) else known
         raise OSError(f"{path}: {known.splitlines()[0] if known else type(error).__name__}") from None
 
 
@@ -82,7 +83,7 @@ class Decoder(Dataset):
             return self.augment(image)
 
     def __getitem__(self, chunk):
-        """(index (B,), seeds (B,) or None) -> (x (B, 3, R, R) uint8, labels (B,)), or what is wrong as a string."""
+        """(index (B,), seeds (B,) or None) -> (x (B, 3, R, R) uint8, labels (B,)), or what is wrong."""
         index, seeds = chunk
         seeds = [None] * len(index) if seeds is None else seeds.tolist()
         try:
@@ -112,17 +113,17 @@ class Loader:
         self.mean, self.std = (255 * s.to(device) for s in stats)
 
     def _arrived(self, chunks):
-        """Decoded chunks [(x uint8, y), ..] as one batch on the device. SystemExit if one could not be read."""
+        """Decoded chunks [(x uint8, y), ..] as a batch on the device. SystemExit if one could not be read."""
         if broken := [chunk for chunk in chunks if isinstance(chunk, str)]:
             raise SystemExit(f"{broken[0]}: this image was whole, or not checked, before")
-        x, y = (torch.cat([t.to(self.device, non_blocking=True) for t in tensors]) for tensors in zip(*chunks))
+        x, y = (torch.cat([t.to(self.device, non_blocking=True) for t in parts]) for parts in zip(*chunks))
         return (x - self.mean) / self.std, y
 
     def _decoded(self, chunks, count, ahead=2):
         return workers(self.decoder, chunks, count, ahead, pin_memory=self.device.type == "cuda")
 
     def batch(self, index, generator=None, share=(0, 1)):
-        """The images at `index`, decoded here and now; with a generator augmented. share: as in `data.Loader`."""
+        """The images at `index`, decoded here and now; generator and share: as in `data.Loader`."""
         return self._arrived([self.decoder[chunk] for chunk in split(index, generator, share)])
 
     def ordered(self, index):
@@ -136,14 +137,14 @@ class Loader:
         batches = data.order(index, self.batch_size, *position, start=start)
         chunks = (chunk for part, drawn in batches for chunk in split(part, drawn, share))
         each = len(split(index[:self.batch_size], None, share))             # chunks a batch
-        ahead = max(2, math.ceil(2 * each / max(1, self.workers)))          # so that two batches are under way
+        ahead = max(2, math.ceil(2 * each / max(1, self.workers)))  # so that two batches are under way
         stream = iter(self._decoded(chunks, self.workers, ahead))
         while True:
             yield self._arrived([next(stream) for _ in range(each)])
 
 
 def split(index, generator=None, share=(0, 1)):
-    """The r-th of n slices of a batch as chunks for `Decoder`; with a generator each image has its own seed."""
+    """The r-th of n slices of a batch as chunks for `Decoder`; with a generator each image has a seed."""
     r, n = share
     seeds = None if generator is None else torch.randint(2 ** 62, index.shape, generator=generator)
     mine = index.tensor_split(n)[r].split(CHUNK)
@@ -156,7 +157,8 @@ class Rehearsal:
     def __init__(self, loader, index, share=(0, 1)):
         clock, threads = time.perf_counter(), torch.get_num_threads()
         torch.set_num_threads(1)                          # as many as a worker has
-        chunks = [loader.decoder[chunk] for chunk in split(index[:loader.batch_size], data.generator(0), share)]
+        parts = split(index[:loader.batch_size], data.generator(0), share)
+        chunks = [loader.decoder[part] for part in parts]
         torch.set_num_threads(threads)
         self.seconds = (time.perf_counter() - clock) / sum(len(y) for _, y in chunks)
         self.pair, self.workers = loader._arrived(chunks), loader.workers
@@ -166,9 +168,9 @@ class Rehearsal:
             yield self.pair
 
     def advice(self, step, total):
-        """How many workers a search step of so many seconds needs, and how long checking `total` files takes."""
+        """How many workers a step of so many seconds needs, and how long checking `total` files takes."""
         images = len(self.pair[1]) * 6 / 5                # every fifth step has a batch for alpha, too
         need, have = math.ceil(images * self.seconds / step), max(1, self.workers)
-        return (f"Decoding: {1000 * self.seconds:.1f} ms an image in one worker; the fastest step needs {need} "
-                f"worker{'s' * (need > 1)} a process, there are {self.workers} (--workers).\n"
-                f"Checking the {total:,} images before the start takes at most {total * self.seconds / have:.0f} s.")
+        return (f"Decoding: {1000 * self.seconds:.1f} ms an image in one worker; the fastest step needs "
+                f"{need} worker{'s' * (need > 1)} a process, there are {self.workers} (--workers).\nChecking "
+                f"the {total:,} images before the start takes at most {total * self.seconds / have:.0f} s.")

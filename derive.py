@@ -79,7 +79,7 @@ def inherit(network, supernet):
 
 
 def arch(supernet, options):
-    """The `Arch` of one option a choice: `options` is, for each block, (operation, expansion, width) as indices."""
+    """The `Arch` of one option a choice: for each block (operation, expansion, width) as indices."""
     space, blocks, width = supernet.space, [], supernet.space.stem
     for mixed, (op, expansion, chosen) in zip(supernet.blocks, options, strict=True):
         block = mixed.block
@@ -106,7 +106,7 @@ def space_costs(supernet, cost="macs"):
 
 
 def expected_macs(supernet, table):
-    """The mean MACs of the networks that the supernet samples, differentiable in alpha; `table` from `space_costs`."""
+    """The mean MACs of the networks that are sampled, differentiable in alpha; `table` from `space_costs`."""
     return expected(table, [tuple(p.exp() for p in block) for block in log_probabilities(supernet)])
 
 
@@ -195,7 +195,7 @@ def open_supernet(folder, stage):
     if found.space not in SPACES or found.stage != stage:
         raise ValueError(f"{folder / f'A{stage}.json'}: no network of A{stage} of {' or '.join(SPACES)}")
     space = SPACES[found.space][stage]._replace(resolution=found.resolution)
-    with torch.device("meta"):                                  # takes no memory for what the file does not hold
+    with torch.device("meta"):  # takes no memory for what the file does not hold
         supernet = SuperNet(space, found.in_channels, found.classes)
     try:
         supernet.load_state_dict(files.load(folder / f"A{stage}.pt"), assign=True)
@@ -213,9 +213,9 @@ def parser():
     g = p.add_mutually_exclusive_group(required=True)
     g.add_argument("--flops", type=amount, metavar="F", help="a budget of MACs, as in 2M; suffixes k, M, G")
     g.add_argument("--params", type=amount, metavar="P", help="a budget of parameters, as in 100k")
-    g.add_argument("--latency", type=latency.duration, metavar="T", help="a budget of time for one "
-                   "image on this machine's CPU, as in 2ms; suffixes us, ms, s. What layers take is measured, and "
-                   "kept in the run's latency.json")
+    g.add_argument("--latency", type=latency.duration, metavar="T",
+                   help="a budget of time for one image on this machine's CPU, as in 2ms; suffixes us, ms, "
+                   "s. What layers take is measured, and kept in the run's latency.json")
     g.add_argument("--points", type=flags.number(int, 2, 1000), metavar="N",
                    help="the front: N networks from the cheapest to the dearest, each measured (2 to 1000)")
     p.add_argument("--refine", type=flags.number(int, 1, 1000), default=1, metavar="N",
@@ -236,7 +236,8 @@ def main(argv=None):
     if 0 in (args.flops, args.params):
         p.error("a budget must be above 0")
     if not supernets:
-        p.error(f"{args.run} has no A{'0' if args.stage is None else args.stage}.pt: no such stage was finished")
+        p.error(f"{args.run} has no A{'0' if args.stage is None else args.stage}.pt: no such stage was "
+                "finished")
     if args.points or args.refine > 1:
         try:
             ran = flags.begun(settings)[1]
@@ -281,7 +282,8 @@ def main(argv=None):
         if args.latency:
             whole, = latency.measure_networks([Network(arch(supernet, found[0]))])
             print(f"{show(found[2])} by its layers, {show(whole)} measured as a whole")
-        print(f"{100 * (1 - found[2] / budget):.2f} % under the budget; it costs {lost:.2f} nats of likelihood")
+        print(f"{100 * (1 - found[2] / budget):.2f} % under the budget; it costs {lost:.2f} nats of "
+              "likelihood")
         path, content = args.out or args.run / f"{name}.json", arch(supernet, found[0]).to_json()
     try:
         files.write(path, content)
@@ -291,7 +293,8 @@ def main(argv=None):
 
 
 def measured_costs(supernets, file):
-    """The `flops.Costs` of each supernet's space in nanoseconds, by `latency.tables`, kept in `file`. Prints how
+    """The `flops.Costs` of each supernet's space in nanoseconds, by `latency.tables`, kept in `file`. Prints
+    how
     well they tell the times of random networks.
     """
     def network(which, options):
@@ -300,16 +303,16 @@ def measured_costs(supernets, file):
                             supernets[0].classifier.out_features, network, file)
     sums, whole = latency.sample(tables, network, 1)
     median, largest, correlation = latency.error(sums, whole)
-    print(f"{len(sums)} random networks: times by their layers are off by {median:.1%} (median), {largest:.1%} at "
-          f"most; correlation with the measured ones {correlation:.3f}", flush=True)
+    print(f"{len(sums)} random networks: times by their layers are off by {median:.1%} (median), "
+          f"{largest:.1%} at most; correlation with the measured ones {correlation:.3f}", flush=True)
     return tables
 
 
 def told(supernet, found, right=None):
     """Print a network, (options, log-likelihood, cost), as a line; returns its row for a JSON file."""
     network = arch(supernet, found[0])
-    row = {"stage": network.stage, "flops": macs(network), "params": params(network), "log_likelihood": found[1],
-           "accuracy": right, "arch": json.loads(network.to_json())}
+    row = {"stage": network.stage, "flops": macs(network), "params": params(network),
+           "log_likelihood": found[1], "accuracy": right, "arch": json.loads(network.to_json())}
     measured = "" if right is None else f"  {100 * right:5.1f} % of the architecture part"
     print(f"A{row['stage']}  {row['flops'] / 1e6:8.3f} M MACs  {row['params'] / 1e6:7.3f} M parameters  "
           f"log-likelihood {found[1]:8.2f}{measured}", flush=True)
@@ -317,5 +320,5 @@ def told(supernet, found, right=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)             # Ctrl-C, but for where a script listens, ends it at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, but for where a script listens, ends it at once
     sys.exit(main())

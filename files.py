@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 
 # There is no end to what foreign bytes do to those who read them.
-BROKEN = (ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError, OSError,
-          RuntimeError, TypeError, ValueError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile, zlib.error)
+BROKEN = (ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError,
+          OSError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError, struct.error,
+          zipfile.BadZipFile, zlib.error)
 
 
 def write(path, content):
@@ -47,8 +48,8 @@ def extend(path, size, text):
     try:
         with open(path, "ab") as file:
             if file.tell() < size:
-                raise ValueError(f"{path} is shorter than last.pt says, {file.tell()} instead of {size} bytes: "
-                                 "start anew")
+                raise ValueError(f"{path} is shorter than last.pt says, {file.tell()} instead of {size} "
+                                 "bytes: start anew")
             file.truncate(size)
             file.write(text.encode())
             file.flush()
@@ -67,7 +68,7 @@ def pack(checkpoint):
 
 
 def unpack(raw, path, device="cpu"):
-    """The dict that `pack` made the bytes `raw` of, read from `path`. ValueError, naming it, if they are not whole."""
+    """The dict that `pack` made the bytes `raw`, read from `path`, of. ValueError if they are not whole."""
     try:
         with zipfile.ZipFile(io.BytesIO(raw)) as archive:
             broken = archive.testzip()
@@ -76,7 +77,8 @@ def unpack(raw, path, device="cpu"):
         why = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
         raise ValueError(f"{path} is cut short, damaged or no checkpoint ({why})") from None
     if broken or not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged or no checkpoint" + (f" (the checksum of {broken})" if broken else ""))
+        why = f" (the checksum of {broken})" if broken else ""
+        raise ValueError(f"{path} is damaged or no checkpoint{why}")
     return found
 
 

@@ -1,6 +1,7 @@
-"""The command line of search.py: its flags, their defaults, what is refused before any work, and how a run ends."""
+"""The command line of search.py: its flags, their defaults, what is refused, and how a run ends."""
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import sys
@@ -33,15 +34,17 @@ def parser(description=__doc__):
                                          formatter_class=argparse.RawDescriptionHelpFormatter))
     g = p.add_argument_group("the curriculum")
     g.add_argument("--stages", type=int, choices=range(1, 6), default=5, help="how many of A0..A4 (5)")
-    g.add_argument("--space", choices=SPACES, default="small", help="the paper's, or ours for small images (small)")
+    g.add_argument("--space", choices=SPACES, default="small",
+                   help="the paper's, or ours for small images (small)")
     g.add_argument("--method", choices=METHODS, default="cst",
                    help="; ".join(f"{name}: {words}" for name, words in METHODS.items()) + " (cst)")
     g.add_argument("--no-grow", dest="grow", action="store_false",
                    help="ablation (Fig. 6): every stage from scratch, without SuperNet2SuperNet")
     g.add_argument("--no-distill", dest="distill", action="store_false",
                    help="ablation (Fig. 6): without the teacher of Eq. 4")
-    g.add_argument("--widen", choices=WIDENINGS[:2], default="eq3", help="how new channels are consumed: by Eq. 3, "
-                   "or not at first, which preserves every old sub-network (eq3)")
+    g.add_argument("--widen", choices=WIDENINGS[:2], default="eq3",
+                   help="how new channels are consumed: by Eq. 3, or not at first, which preserves every "
+                   "old sub-network (eq3)")
     g.add_argument("--flops-target", nargs="+", type=flops.amount, metavar="F",
                    help="MACs of each stage's network, as in 0.9M, or off (Table 3; for our space the like)")
     g.add_argument("--mu", type=number(float, 1e-9), default=1.0,
@@ -49,18 +52,23 @@ def parser(description=__doc__):
     g = p.add_argument_group("data and training", "(defaults in the paper's space; in ours)")
     data_flags(g)
     p.set_defaults(**DATA)
-    g.add_argument("--epochs", nargs="+", type=number(float, 1e-9), metavar="E", help="of each stage, or one number for all; "
-                   "fractions will do (100 60 60 60 60; 1 0.6 0.6 0.6 0.6)")
+    g.add_argument("--epochs", nargs="+", type=number(float, 1e-9), metavar="E",
+                   help="of each stage, or one number for all; fractions will do (100 60 60 60 60; 1 0.6 "
+                   "0.6 0.6 0.6)")
     g.add_argument("--batch-size", type=number(int, 1), metavar="B", help="images a step (1024; 32)")
-    g.add_argument("--accumulate", type=number(int, 1), default=1, metavar="N", help="compute a batch in N pieces, for "
-                   "less memory: the same gradient, but for batch norm, which sees a piece at a time (1)")
+    g.add_argument("--accumulate", type=number(int, 1), default=1, metavar="N",
+                   help="compute a batch in N pieces, for less memory: the same gradient, but for batch "
+                   "norm, which sees a piece at a time (1)")
     g.add_argument("--lr", type=number(float, 1e-9), help="peak learning rate of the weights' SGD (0.4; 0.1)")
     g.add_argument("--weight-decay", type=number(float, 0), default=1e-4, help="of the weights (1e-4)")
-    g.add_argument("--alpha-lr", type=number(float, 1e-9), help="learning rate of the architecture's Adam (0.01; 0.02)")
+    g.add_argument("--alpha-lr", type=number(float, 1e-9),
+                   help="learning rate of the architecture's Adam (0.01; 0.02)")
     g = p.add_argument_group("the run")
-    g.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (the next of runs/001, runs/002, ..)")
+    g.add_argument("--out", type=Path, metavar="DIR",
+                   help="folder of the run (the next of runs/001, runs/002, ..)")
     g.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings")
-    g.add_argument("--dry-run", action="store_true", help="measure a few steps, print what the run would cost, and stop")
+    g.add_argument("--dry-run", action="store_true",
+                   help="measure a few steps, print what the run would cost, and stop")
     g.add_argument("--checkpoint-every", type=number(int, 1), default=500, metavar="N",
                    help="steps between checkpoints within an epoch; a kill loses no more than these (500)")
     g.add_argument("--seed", type=number(int, 0), default=0, help="the same seed gives the same run (0)")
@@ -71,15 +79,18 @@ def parser(description=__doc__):
 def data_flags(g):
     """Add the flags that say which images, without defaults, to an argparse group."""
     g.add_argument("--data", type=data_name, metavar="{" + ",".join(data.NAMES) + ",DIR}",
-                   help="Fashion-MNIST, which is here; CIFAR, which is downloaded; patterns to try things with; or a "
-                   "folder: train/ and val/ of class folders (ImageNet), or class folders alone, of which a sixth is "
-                   "held out to test on (fashion)")
-    g.add_argument("--classes", type=number(int, 2), metavar="N", help="of a folder: N classes, drawn by the seed (all)")
-    g.add_argument("--resolution", type=number(int, 8), metavar="R", help="of a folder: pixels a side (224; 32)")
+                   help="Fashion-MNIST, which is here; CIFAR, which is downloaded; patterns to try things "
+                   "with; or a folder: train/ and val/ of class folders (ImageNet), or class folders alone, "
+                   "of which a sixth is held out to test on (fashion)")
+    g.add_argument("--classes", type=number(int, 2), metavar="N",
+                   help="of a folder: N classes, drawn by the seed (all)")
+    g.add_argument("--resolution", type=number(int, 8), metavar="R",
+                   help="of a folder: pixels a side (224; 32)")
     g.add_argument("--workers", type=number(int, 0), metavar="N",
                    help="of a folder: processes that decode images, 0 for none (as many as cores, up to 8)")
-    g.add_argument("--skip-broken", action="store_true", default=None, help="of a folder: leave out images that cannot "
-                   "be read. All are tried before the start, once a run, and a broken one ends it without this flag")
+    g.add_argument("--skip-broken", action="store_true", default=None,
+                   help="of a folder: leave out images that cannot be read. All are tried before the start, "
+                   "once a run, and a broken one ends it without this flag")
 
 
 def data_name(text):
@@ -98,7 +109,8 @@ def images(p, args, part, run=None, checked=True):
         if args.data in data.NAMES:
             for key in ("classes", "resolution"):
                 if getattr(args, key):
-                    processes.first(p.error, f"--{key} is for a folder of images, and --data {args.data} is none")
+                    processes.first(p.error, f"--{key} is for a folder of images, and --data {args.data} is "
+                                             "none")
             return processes.in_turn(data.load, args.data, part)
         return folder.load(Path(args.data), part, args.seed, args.resolution or RESOLUTION[args.space],
                            args.classes, args.workers, args.skip_broken, run, checked)
@@ -107,7 +119,9 @@ def images(p, args, part, run=None, checked=True):
 
 
 def targets(args):
-    """The MACs of each stage's network by default: Table 3's (or the like for our space), as the pixels of a folder go."""
+    """The MACs of each stage's network by default: Table 3's (or the like for our space), as the pixels of a
+    folder go.
+    """
     native = SPACES[args.space][0].resolution
     pixels = native if args.data in data.NAMES else args.resolution or RESOLUTION[args.space]
     return [target * (pixels / native) ** 2 for target in flops.TARGETS[args.space]]
@@ -150,8 +164,8 @@ def explained(p, out):
     except ValueError as error:
         p.error(error)
     except OSError as error:
-        raise SystemExit(f"{p.prog}: {error.filename}: {error.strerror}; what was written before is whole, and "
-                         f"--resume --out {out} goes on with it") from None
+        raise SystemExit(f"{p.prog}: {error.filename}: {error.strerror}; what was written before is whole, "
+                         f"and --resume --out {out} goes on with it") from None
 
 
 def kept(args):
@@ -160,15 +174,16 @@ def kept(args):
 
 
 def begun(saved):
-    """The settings of a run, as its args.json has them: as a command line, and parsed. ValueError if refused."""
+    """The settings of a run, as its args.json has them: as a command line, and parsed. ValueError if refused.
+    """
     def refuse(message):
         raise ValueError(message)
     p, argv = parser(), []
-    p.error, switches = refuse, {"grow": "--no-grow", "distill": "--no-distill", "skip_broken": "--skip-broken"}
+    p.error = refuse
+    switches = {"grow": "--no-grow", "distill": "--no-distill", "skip_broken": "--skip-broken"}
     names = set(kept(p.parse_args([])))
-    if not isinstance(saved, dict) or set(saved) != names:
-        raise ValueError(f"{', '.join(sorted(names ^ set(saved)))}: missing or unknown" if isinstance(saved, dict)
-                         else "not a JSON object")
+    if differing := names ^ set(saved if isinstance(saved, dict) else ()):
+        raise ValueError(f"{', '.join(sorted(differing))}: missing or unknown")
     for key, value in saved.items():
         if key in switches:
             if not isinstance(value, bool):
@@ -176,7 +191,8 @@ def begun(saved):
             argv += [switches[key]] * (value is (key == "skip_broken"))
         elif value is not None or key not in ("classes", "resolution", "workers"):
             values = value if isinstance(value, list) else [value]
-            argv += [f"--{key.replace('_', '-')}", *("off" if key == "flops_target" and v == 0 else str(v) for v in values)]
+            off = key == "flops_target" and 0 in values                 # written so; 0 is no number of MACs
+            argv += [f"--{key.replace('_', '-')}", *("off" if off and v == 0 else str(v) for v in values)]
     args = p.parse_args(argv)
     for key, value in saved.items():
         if getattr(args, key) != value:
@@ -201,9 +217,11 @@ def settings(p, argv):
         args = p.parse_args([*given, *argv])
         for key, value in kept(before).items():
             if key not in FREE and getattr(args, key) != value:
-                p.error(f"--{key.replace('_', '-')} is {getattr(args, key)}, but the run in {args.out} has {value}")
+                p.error(f"--{key.replace('_', '-')} is {getattr(args, key)}, but the run in {args.out} has "
+                        f"{value}")
     elif args.out is None:
-        args.out = next(out for out in (Path("runs") / f"{n:03d}" for n in range(1, 10 ** 9)) if not out.exists())
+        numbered = (Path("runs") / f"{n:03d}" for n in itertools.count(1))
+        args.out = next(out for out in numbered if not out.exists())
     elif args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         p.error(f"--out {args.out} holds something already: choose another folder, or add --resume")
     for key, value in DEFAULTS[args.space].items():
@@ -214,13 +232,13 @@ def settings(p, argv):
         if len(values) == 1:
             setattr(args, key, values * 5)
         elif len(values) < args.stages:
-            p.error(f"--{key.replace('_', '-')}: {len(values)} values for {args.stages} stages; give one for each, "
-                    "or one for all")
+            p.error(f"--{key.replace('_', '-')}: {len(values)} values for {args.stages} stages; give one for "
+                    "each, or one for all")
     if args.batch_size % processes.share()[1]:
         p.error(f"--batch-size {args.batch_size} does not divide by the {processes.share()[1]} processes")
     if args.accumulate > args.batch_size // processes.share()[1]:
-        p.error(f"--accumulate {args.accumulate} is more than the {args.batch_size // processes.share()[1]} images that "
-                "a process has of a batch")
+        p.error(f"--accumulate {args.accumulate} is more than the {args.batch_size // processes.share()[1]} "
+                "images that a process has of a batch")
     if args.method == "scaling" and not all(args.flops_target):
         p.error("--method scaling needs a --flops-target to scale to")
     if args.method != "cst":

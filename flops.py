@@ -244,9 +244,9 @@ def memory(device):
 
 
 def training_memory(arch, batch_size):
-    """Bytes that training an `Arch` takes at least: weights, gradients, momentum, average; what backward needs.
+    """Bytes that training an `Arch` takes at least: weights, gradients, momentum, average; for backward.
 
-    Backward needs 2.1 times all layers' outputs with ReLU, 2.5 times with hswish (a test counts); here 2 times.
+    Backward needs 2.1 times all layers' outputs with ReLU and 2.5 times with hswish: here 2 times.
     """
     outputs = sum(layer.channels * layer.pixels ** 2 for layer in layers(arch))
     return 4 * (4 * params(arch) + 2 * batch_size * outputs)
@@ -329,5 +329,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)             # Ctrl-C, but for where a script listens, ends it at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, but for where a script listens, ends it at once
     sys.exit(main())

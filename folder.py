@@ -1,9 +1,10 @@
-"""Images of your own, or ImageNet: what a folder of class folders holds, checked before a run starts (Experiments).
+"""Images of your own, or ImageNet: what a folder of class folders holds, checked first (Experiments).
 
     DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg      # ImageNet's layout
     DIR/CLASS/*.jpg                                    # a sixth of every class is held out as the test images
 
-Which classes and test images are drawn depends on the sorted names and on the seed alone. decode.py reads the files.
+Which classes and test images are drawn depends on the sorted names and on the seed alone. decode.py reads
+the files.
 """
 import hashlib
 import json
@@ -21,14 +22,15 @@ from tqdm import tqdm
 import processes
 from decode import CHUNK, Loader, decode, workers
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, by which nearly all networks are trained
+# ImageNet's, by which nearly all networks are trained
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif")
 
 
 class Folder(NamedTuple):
     """A set of labelled image files; to its users as `data.Images`, but read as they are needed."""
     root: Path
-    names: np.ndarray                                     # (N,) bytes, below root: workers share them, unlike strings
+    names: np.ndarray  # (N,) bytes, below root: workers share them, unlike strings
     labels: torch.Tensor                                  # (N,) long
     class_names: list
     held_out: list                                        # names of test images that lie in the same folders
@@ -96,7 +98,8 @@ def image_files(folder, above=()):
 
 
 def find(root, part, seed, count=None):
-    """(class names, names of files below root, their labels, names of those held out), of the part train or test.
+    """(class names, names of files below root, their labels, names of those held out), of the part train or
+    test.
 
     count: classes to draw. ValueError for a folder that is not laid out as above.
     """
@@ -125,7 +128,8 @@ def find(root, part, seed, count=None):
         files = [os.path.join(inner, file) for file in files]
         others += more
         if not val:
-            test = set(draw(len(files), max(1, len(files) // 6), f"{seed} {name}".encode(errors="surrogateescape")))
+            drawn_by = f"{seed} {name}".encode(errors="surrogateescape")
+            test = set(draw(len(files), max(1, len(files) // 6), drawn_by))
             held = [file for i, file in enumerate(files) if i in test]
             files = held if part == "test" else [file for i, file in enumerate(files) if i not in test]
             held_out += held
@@ -136,7 +140,8 @@ def find(root, part, seed, count=None):
     if not found:
         raise ValueError("has no images to test on")
     if others:
-        print(f"{root}: not taken for images: " + ", ".join(f"{n} {end or 'without ending'}" for end, n in others.items()))
+        print(f"{root}: not taken for images: "
+              + ", ".join(f"{n} {end or 'without ending'}" for end, n in others.items()))
     return names, found, labels, held_out
 
 
@@ -157,7 +162,8 @@ class Checker(Dataset):
 
 
 def check(root, names, count, skip_broken):
-    """{name: what is wrong} of those files that cannot be decoded; ValueError for the first, unless to be skipped.
+    """{name: what is wrong} of those files that cannot be decoded; ValueError for the first, unless to be
+    skipped.
 
     Every process checks its share; all know what each has found.
     """
@@ -185,7 +191,8 @@ def load(root, part, seed, resolution, classes=None, count=None, skip_broken=Fal
     """
     count = cores() if count is None else count
     class_names, names, labels, held_out = find(root, part, seed, classes)
-    digest = hashlib.sha256("\0".join([str(root.resolve()), *names]).encode(errors="surrogateescape")).hexdigest()
+    listed = "\0".join([str(root.resolve()), *names]).encode(errors="surrogateescape")
+    digest = hashlib.sha256(listed).hexdigest()
     if len(set(processes.gather([digest]))) > 1:
         raise ValueError("is not the same for all processes")
     known = processes.first(read, run / "checked.json") if run else {}
@@ -198,15 +205,18 @@ def load(root, part, seed, resolution, classes=None, count=None, skip_broken=Fal
         print(f"left out: {what}".encode(errors="backslashreplace").decode())
     kept = [i for i, name in enumerate(names) if name not in broken]
     labels = torch.tensor(labels)[kept]
-    if part == "train" and (few := (torch.bincount(labels, minlength=len(class_names)) < 2).nonzero()).numel():
+    few = (torch.bincount(labels, minlength=len(class_names)) < 2).nonzero()
+    if part == "train" and few.numel():
         raise ValueError(f"too few images of {class_names[few[0]]} are whole")
     print(f"{root}: {len(kept):,} images of {len(class_names)} classes to {part} on", flush=True)
-    return Folder(root, np.array([os.fsencode(names[i]) for i in kept]), labels, class_names, held_out, broken, digest,
+    whole = np.array([os.fsencode(names[i]) for i in kept])
+    return Folder(root, whole, labels, class_names, held_out, broken, digest,
                   resolution, count)
 
 
 def record(p, images, out, parts=None):
-    """Note in a run's folder which files were checked, so that it is not done again. Does nothing but for a `Folder`.
+    """Note in a run's folder which files were checked, so that it is not done again. Does nothing but for a
+    `Folder`.
 
     parts: of the search, to be noted with the classes. If others stand there, ends in p.error.
     """

@@ -40,8 +40,9 @@ def show(nanoseconds):
     return f"{nanoseconds / 1e6:.3f} ms"
 
 
-# A layer as (function of images, their channels, their pixels a side): the lines of `ops.InvertedResidual` and
-# of `derive.Network`, in eval mode. Weights are random, statistics as they begin: neither changes the time.
+# A layer as (function of images, their channels, their pixels a side): the lines of `ops.InvertedResidual`
+# and of `derive.Network`, in eval mode. Weights are random, statistics as they begin: neither changes the
+# time.
 
 def stem(channels, outputs, pixels):
     layer, bn = nn.Conv2d(channels, outputs, 3, 2, 1, bias=False), nn.BatchNorm2d(outputs).eval()
@@ -118,8 +119,8 @@ def costs(space, in_channels, classes, cost):
 def measure(makers):
     """Nanoseconds a call, as whole numbers, of each (function, channels, pixels) that the `makers` return.
 
-    Round by round, so that what else the machine does falls on all alike; it only ever adds to a time, hence the
-    lower quartile. Each is made anew in each round, as all of them together would not fit into memory.
+    Round by round, so that what else the machine does falls on all alike; it only ever adds to a time, hence
+    the lower quartile. Each is made anew in each round, as all of them together would not fit into memory.
     """
     times = [[] for _ in makers]
     for _ in range(ROUNDS):
@@ -137,10 +138,10 @@ def measure(makers):
 def tables(spaces, in_channels, classes, network, file):
     """The `Costs` of each space in nanoseconds, from layers measured here, which are kept in `file`.
 
-    One by one layers find their weights and code in the caches, so that networks take longer than their layers
-    together, by nearly the same factor: that of some 20 random ones goes into the costs. network: as in `sample`.
-    What another machine, another version of torch or another number of threads has left in `file`, and what is
-    no such file, is measured anew.
+    One by one layers find their weights and code in the caches, so that networks take longer than their
+    layers together, by nearly the same factor: that of some 20 random ones goes into the costs. network: as
+    in `sample`. What another machine, another version of torch or another number of threads has left in
+    `file`, and what is no such file, is measured anew.
     """
     here = {"machine": platform.node(), "processor": platform.machine(), "device": "cpu",
             "threads": torch.get_num_threads(), "torch": torch.__version__}
@@ -158,8 +159,9 @@ def tables(spaces, in_channels, classes, network, file):
         return 0
 
     def read(factor):
-        return [costs(space, in_channels, classes, lambda *key: round(factor * known[" ".join(map(str, key))]))
-                for space in spaces]
+        def took(*key):
+            return round(factor * known[" ".join(map(str, key))])
+        return [costs(space, in_channels, classes, took) for space in spaces]
     for space in spaces:
         costs(space, in_channels, classes, need)
     missing = [name for name in needed if name not in known]
@@ -169,13 +171,14 @@ def tables(spaces, in_channels, classes, network, file):
         known |= zip(missing, measure(makers))
         factor = statistics.median(whole / parts for parts, whole in zip(*sample(read(1), network, 0)))
         write(file, json.dumps(here | {"factor": factor, "nanoseconds": known}, indent=1) + "\n")
-        print(f"measured {len(missing)} layers in {time.perf_counter() - clock:.0f} s; networks take {factor:.2f} "
-              f"times as long as their layers one by one: {file}", flush=True)
+        print(f"measured {len(missing)} layers in {time.perf_counter() - clock:.0f} s; networks take "
+              f"{factor:.2f} times as long as their layers one by one: {file}", flush=True)
     return read(factor)
 
 
 def sample(tables, network, seed):
-    """(sums, measured) of some 20 random networks, as many of each space: nanoseconds by `tables`, and as a whole.
+    """(sums, measured) of some 20 random networks, as many of each space: nanoseconds by `tables`, and as a
+    whole.
 
     network(which, options) -> the `derive.Network` of these options in the space of tables[which].
     """

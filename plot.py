@@ -83,10 +83,12 @@ def measured(file):
     with reading(file):
         rows = [row for row in json.loads(file.read_text()) if row["accuracy"] is not None]
         for row in rows:
-            if not (0 < row["flops"] < math.inf and 0 < row["params"] < math.inf and 0 <= row["accuracy"] <= 1):
-                raise ValueError(f"{row['flops']} MACs, {row['params']} parameters, accuracy {row['accuracy']}")
-        return [(str(row.get("name", f"A{row['stage']}")), str(row.get("init", "scratch")), row["flops"] / 1e6,
-                 row["params"] / 1e6, 100 * row["accuracy"]) for row in rows]
+            counts = row["flops"], row["params"]
+            if not (all(0 < n < math.inf for n in counts) and 0 <= row["accuracy"] <= 1):
+                raise ValueError(f"{row['flops']} MACs, {row['params']} parameters, accuracy "
+                                 f"{row['accuracy']}")
+        return [(str(row.get("name", f"A{row['stage']}")), str(row.get("init", "scratch")),
+                 row["flops"] / 1e6, row["params"] / 1e6, 100 * row["accuracy"]) for row in rows]
 
 
 def experiments(runs):
@@ -300,7 +302,8 @@ def architectures(run, path):
                 if b["stride"] == 2:
                     axis.plot(start + 0.42 * step, base + high + 0.07, "v", color="black")
         handles = [Patch(facecolor=colour, edgecolor="black", hatch=hatch, label=f"{kernel}, {words}")
-                   for colour, words in FILLS.values() for kernel, hatch in (("3×3", None), ("5×5", "////"))]
+                   for colour, words in FILLS.values()
+                   for kernel, hatch in (("3×3", None), ("5×5", "////"))]
         handles.append(Line2D([], [], color="black", marker="v", ls="", label="stride 2"))
         figure.legend(handles=handles, loc="lower center", ncols=5)
     return save(figure, path)
@@ -409,7 +412,7 @@ def main(argv=None):
     out, first = args.out or args.runs[0], args.runs[0]
     for read, what in ((curves, args.runs), (networks, first), (history, first)):
         try:
-            read(what)                                          # a broken file ends it before a picture is drawn
+            read(what)  # a broken file ends it before a picture is drawn
         except Missing:
             continue
         except ValueError as error:
@@ -427,5 +430,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)             # Ctrl-C, but for where a script listens, ends it at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, but for where a script listens, ends it at once
     sys.exit(main())

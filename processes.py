@@ -109,7 +109,7 @@ def spread(module):
 
 @contextlib.contextmanager
 def signals():
-    """Ctrl-C and SIGTERM are noted in a list, which this yields, so that a step can end before they are obeyed."""
+    """Ctrl-C and SIGTERM are noted in a list, which this yields: a step can end before they are obeyed."""
     caught = []
     usual = {number: signal.signal(number, lambda number, frame: caught.append(number))
              for number in (signal.SIGINT, signal.SIGTERM)}

@@ -14,8 +14,9 @@ import signal
 import sys
 import time
 
-# How long a thread spins before it sleeps, waiting for another. OpenMP's default makes a step 40 times slower
-# beside one busy neighbour; sleeping at once makes it twice as slow on a quiet machine. Read as torch is loaded.
+# How long a thread spins before it sleeps, waiting for another. OpenMP's default makes a step 40 times
+# slower beside one busy neighbour; sleeping at once makes it twice as slow on a quiet machine. Read as torch
+# is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
@@ -54,7 +55,7 @@ def search(args, images, parts, run, out, device, caught):
     shape = {"in_channels": images.channels, "classes": images.classes}
     supernet = teacher = None
     last, resumed = out / "last.pt", "supernet" in run
-    processes.log(out / "log.jsonl", run["logged"], "")         # of a run gone on with: no more than it had then
+    processes.log(out / "log.jsonl", run["logged"], "")  # of a run gone on with: no more than it had then
     for stage in range(run["stage"], args.stages):
         clock = time.perf_counter()
         meter = flops.meter(device) if processes.share()[1] == 1 else None       # it sees one device only
@@ -68,7 +69,8 @@ def search(args, images, parts, run, out, device, caught):
         if resumed or supernet is None or not args.grow:
             supernet = SuperNet(space, **shape, generator=generator).to(device)
         else:
-            old, supernet = supernet, grow(supernet, space, generator, "naive" if args.method == "naive" else args.widen)
+            widen = "naive" if args.method == "naive" else args.widen
+            old, supernet = supernet, grow(supernet, space, generator, widen)
             moved = movement(old, supernet, loader.batch(parts[1][:8])[0])
             print(f"A{stage}: {describe(old, supernet)}; "
                   f"the largest network's logits moved by {moved:.1e} of their size", flush=True)
@@ -106,7 +108,8 @@ def search(args, images, parts, run, out, device, caught):
 
 def blank():
     """What a run has at its beginning; the rest of it are the supernet, its teacher and the optimisers."""
-    return {"stage": 0, "step": 0, "seconds": 0.0, "means": {}, "alphas": [], "skipped": [], "logged": 0, "summary": []}
+    return {"stage": 0, "step": 0, "seconds": 0.0, "means": {}, "alphas": [], "skipped": [], "logged": 0,
+            "summary": []}
 
 
 def keep(last, run, args, stage, supernet, sgd, adam, teacher):
@@ -151,7 +154,8 @@ def conclude(run, out, stage, arch, right, seconds, device, meter):
 
 
 def train_surely(supernet, teacher, sgd, adam, loader, parts, args, run, caught, last):
-    """`train_stage`, which after a step whose numbers went bad goes back to the checkpoint `last`, and skips it.
+    """`train_stage`, which after a step whose numbers went bad goes back to the checkpoint `last`, and skips
+    it.
 
     SystemExit after `MOST_SKIPPED` such steps in a stage.
     """
@@ -161,13 +165,13 @@ def train_surely(supernet, teacher, sgd, adam, loader, parts, args, run, caught,
         except FloatingPointError as error:
             stage, skipped = supernet.space.stage, [*run["skipped"], error.args[0]]
         if len(skipped) > MOST_SKIPPED:
-            raise SystemExit(f"search.py: loss or gradients of A{stage} are not finite in {len(skipped)} steps "
-                             f"({', '.join(map(str, skipped))}), so the run gives up; try a lower --lr")
+            raise SystemExit(f"search.py: loss or gradients of A{stage} are not finite in {len(skipped)} "
+                             f"steps ({', '.join(map(str, skipped))}), so the run gives up; try a lower --lr")
         run.clear()
         run.update(recall(last, args, loader.device), skipped=skipped)
         restore(run, supernet, sgd, adam)
-        print(f"A{stage}: loss or gradients of step {skipped[-1]} are not finite; back to step {run['step']}, "
-              "that batch is skipped", flush=True)
+        print(f"A{stage}: loss or gradients of step {skipped[-1]} are not finite; back to step "
+              f"{run['step']}, that batch is skipped", flush=True)
 
 
 def train_stage(supernet, teacher, sgd, adam, loader, parts, args, run, caught):
@@ -180,7 +184,7 @@ def train_stage(supernet, teacher, sgd, adam, loader, parts, args, run, caught):
     stage, weights, alphas = supernet.space.stage, supernet.weights(), supernet.alphas()
     table, target = space_costs(supernet), args.flops_target[stage]
     epoch_length, steps = schedule(args, stage, parts)
-    start, share = run["step"], processes.share()        # of many processes each takes its share of every batch
+    start, share = run["step"], processes.share()  # of many processes each takes its share of every batch
     weight_batches = loader.shuffled(parts[0], args.seed, stage, WEIGHTS, start=start, share=share)
     start //= WEIGHTS_A_STEP
     alpha_batches = loader.shuffled(parts[1], args.seed, stage, ALPHAS, start=start, share=share)
@@ -248,10 +252,12 @@ def dry_run(args, images, parts, device):
     teacher, total, fastest = None, [0.0, 0.0, 0.0], math.inf
     for stage in range(1 if args.method == "scaling" else args.stages):
         steps = schedule(args, stage, parts)[1]
-        supernet = SuperNet(SPACES[args.space][stage]._replace(resolution=images.resolution), **shape).to(device)
+        space = SPACES[args.space][stage]._replace(resolution=images.resolution)
+        supernet = SuperNet(space, **shape).to(device)
         sgd, adam = optimisers(supernet, args)
         ten = {**vars(args), "epochs": [10 * args.batch_size / len(parts[0])] * 5, "checkpoint_every": 5}
-        training = train_stage(supernet, teacher, sgd, adam, loader, parts, argparse.Namespace(**ten), blank(), [])
+        ten = argparse.Namespace(**ten)
+        training = train_stage(supernet, teacher, sgd, adam, loader, parts, ten, blank(), [])
         next(training)                              # five steps to warm up, and five to measure
         clock = time.perf_counter()
         next(training)
@@ -272,8 +278,9 @@ def dry_run(args, images, parts, device):
 
 def optimisers(supernet, args):
     """SGD with momentum for the weights and Adam for the architecture, the paper's. The rest is ours."""
-    sgd = torch.optim.SGD(supernet.weights(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
-    for p in supernet.weights():                    # else the fused step fails where some were not sampled before
+    sgd = torch.optim.SGD(supernet.weights(), args.lr, momentum=0.9, weight_decay=args.weight_decay,
+                          fused=True)
+    for p in supernet.weights():  # else the fused step fails where some were not sampled before
         sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return sgd, torch.optim.Adam(supernet.alphas(), args.alpha_lr, betas=(0.5, 0.999))
 
@@ -307,9 +314,9 @@ def checked(step, parameters, found):
     """
     found, = processes.average(parameters, found)
     bad, unscaled = found.new_zeros(()), found.new_ones(())
-    torch._amp_foreach_non_finite_check_and_unscale_(               # GradScaler's own: one pass over all of them
+    torch._amp_foreach_non_finite_check_and_unscale_(  # GradScaler's own: one pass over all of them
         [found, *(p.grad for p in parameters if p.grad is not None)], bad, unscaled)
-    if bad.item():                                  # the one number that is read from the device in every step
+    if bad.item():  # the one number that is read from the device in every step
         raise FloatingPointError(step)
     return found
 
@@ -358,8 +365,8 @@ def main(argv=None):
     device = processes.choose_device(p, args.device)
     images = flags.images(p, args, "train", args.out, checked=not args.dry_run)
     if args.batch_size > len(images.labels) // 6:
-        processes.first(p.error, f"--batch-size {args.batch_size} is more than the {len(images.labels) // 6} images "
-                            "of the architecture part")
+        processes.first(p.error, f"--batch-size {args.batch_size} is more than the {len(images.labels) // 6} "
+                                 "images of the architecture part")
     parts = data.split(images.labels, args.seed)
     if args.dry_run:
         return print(dry_run(args, images, parts, device))
@@ -379,5 +386,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)             # Ctrl-C, but for where a script listens, ends it at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, but for where a script listens, ends it at once
     sys.exit(main())

@@ -19,7 +19,7 @@ CHOICES = ("op", "expansion", "width")
 
 
 class Draw(NamedTuple):
-    """What one choice came to: the options (indices, ascending), and their weights (gates, one each, summing to 1)."""
+    """What one choice came to: options (indices, ascending) and their gates (weights that sum to 1)."""
     options: tuple
     gates: torch.Tensor
 
@@ -42,8 +42,8 @@ class MixedBlock(nn.Module):
         super().__init__()
         self.block = block
         hidden, outputs = self.hidden(inputs, -1), block.widths[-1]
-        self.candidates = nn.ModuleList(InvertedResidual(op, inputs, hidden, outputs, block.stride, block.expand)
-                                        for op in CANDIDATES)
+        self.candidates = nn.ModuleList(
+            InvertedResidual(op, inputs, hidden, outputs, block.stride, block.expand) for op in CANDIDATES)
         sizes = {"op": len(CANDIDATES), "expansion": len(block.expansions), "width": len(block.widths)}
         self.alphas = nn.ParameterDict({name: torch.zeros(n) for name, n in sizes.items() if n > 1})
 
@@ -113,7 +113,8 @@ class SuperNet(nn.Module):
             options = range(start, start + alpha.numel())
             drawn.append(sorted(sorted(options, key=values.__getitem__)[-2:]))
             start = options.stop
-        gates = F.softmax(perturbed[torch.tensor(drawn, device=perturbed.device)] / tau, dim=1)   # (choices, 2)
+        drawn_at = torch.tensor(drawn, device=perturbed.device)                     # (choices, 2)
+        gates = F.softmax(perturbed[drawn_at] / tau, dim=1)
         pairs, start, single = iter(zip(drawn, gates)), 0, Draw((0,), gates.new_ones(1))
         path = []
         for block in self.blocks:
@@ -126,9 +127,10 @@ class SuperNet(nn.Module):
         return path
 
     def path(self, options):
-        """The path of choices made: `options` is, for each block, (operation, expansion, width) as indices."""
+        """The path of choices made: for each block (operation, expansion, width) as indices."""
         single = torch.ones(1, device=self.classifier.weight.device)
-        return [{name: Draw((option,), single) for name, option in zip(CHOICES, chosen)} for chosen in options]
+        return [{name: Draw((option,), single) for name, option in zip(CHOICES, chosen)}
+                for chosen in options]
 
     def forward(self, x, path):
         """x (B, in_channels, H, W), a path from `sample` or `path` -> logits (B, classes)."""
@@ -156,7 +158,7 @@ def require_grad(parameters, on):
 
 
 def initialise(module, generator):
-    """He initialisation of every convolution and Xavier of the classifier, drawn from `generator`, biases zero."""
+    """He initialisation of convolutions and Xavier of the classifier, drawn from `generator`; biases zero."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu", generator=generator)

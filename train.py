@@ -1,9 +1,9 @@
 """Training a derived network, or all of a run, from scratch or from the supernet's weights (Experiments).
 
     python train.py runs/001                     # A0.json, A1.json, .. of a run, then the curve
-    python train.py runs/001 --init inherit      # from the supernet's weights; says how many epochs that saves
+    python train.py runs/001 --init inherit         # from the supernet's weights, and what that saves
     python train.py runs/001/A3.json --export net.pt2
-    torchrun --nproc_per_node 8 train.py runs/001         # a process a GPU, each on its share of every batch
+    torchrun --nproc_per_node 8 train.py runs/001   # a process a GPU, each on its share of every batch
 
 On the whole training set: SGD with Nesterov momentum, linear warm-up and a cosine to zero, label smoothing,
 weight decay of weight matrices alone, dropout before the classifier, an exponential moving average of the
@@ -20,8 +20,9 @@ import sys
 import time
 from pathlib import Path
 
-# How long a thread spins before it sleeps, waiting for another. OpenMP's default makes a step 40 times slower
-# beside one busy neighbour; sleeping at once makes it twice as slow on a quiet machine. Read as torch is loaded.
+# How long a thread spins before it sleeps, waiting for another. OpenMP's default makes a step 40 times
+# slower beside one busy neighbour; sleeping at once makes it twice as slow on a quiet machine. Read as torch
+# is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
@@ -74,8 +75,8 @@ def train(network, loader, index, tester, test_index, args, name, stage, checkpo
             rows, begin, total, seconds = (saved[key] for key in ("rows", "step", "total", "seconds"))
         except (ValueError, LookupError, RuntimeError, TypeError) as error:
             why = str(error).splitlines()[0]
-            raise ValueError(f"{checkpoint} is not one of this training ({why}); delete it, and {name} is trained "
-                             "anew") from None
+            raise ValueError(f"{checkpoint} is not one of this training ({why}); delete it, and {name} is "
+                             "trained anew") from None
     rank, n = processes.share()                          # of n processes each takes its share of every batch
     start = len(rows) * epoch_length + begin
     batches = loader.shuffled(index, args.seed, stage, BATCHES, start=start, share=(rank, n))
@@ -94,9 +95,11 @@ def train(network, loader, index, tester, test_index, args, name, stage, checkpo
     for epoch in range(len(rows), args.epochs):
         network.train()
         clock = time.perf_counter()
-        with tqdm(total=epoch_length, initial=begin, desc=f"{name} epoch {epoch}", disable=rank > 0 or None) as bar:
+        with tqdm(total=epoch_length, initial=begin, desc=f"{name} epoch {epoch}",
+                  disable=rank > 0 or None) as bar:
             for step in range(begin, epoch_length):
-                torch.manual_seed(data.generator(args.seed, rank, epoch, step).initial_seed())      # dropout's draws
+                seed = data.generator(args.seed, rank, epoch, step).initial_seed()
+                torch.manual_seed(seed)                                     # dropout's draws
                 rate = learning_rate(args.lr, epoch * epoch_length + step, args.epochs * epoch_length)
                 for group in sgd.param_groups:
                     group["lr"] = rate
@@ -109,7 +112,7 @@ def train(network, loader, index, tester, test_index, args, name, stage, checkpo
                     part = part * (len(part_y) / len(y))
                     part.backward()
                     loss += part.detach()
-                loss, = processes.average(network.parameters(), loss)        # and gradients, over all processes
+                loss, = processes.average(network.parameters(), loss)  # and gradients, over all processes
                 sgd.step()
                 if args.ema:
                     average.update_parameters(network)
@@ -120,8 +123,8 @@ def train(network, loader, index, tester, test_index, args, name, stage, checkpo
                 if step + 1 < epoch_length and (stopped := processes.heard(caught)):
                     begin, seconds = step + 1, seconds + time.perf_counter() - clock
                     keep()
-                    print(f"stopped in epoch {epoch} of {name}, after step {begin}; the same command with --resume "
-                          "goes on", flush=True)
+                    print(f"stopped in epoch {epoch} of {name}, after step {begin}; the same command with "
+                          "--resume goes on", flush=True)
                     raise SystemExit(128 + stopped)
         processes.spread(network)
         processes.spread(average)
@@ -163,7 +166,8 @@ def export(network, file):
 
 
 def saving(rows, name):
-    """What the supernet's weights save network `name`, in words; None unless `rows` have it trained both ways.
+    """What the supernet's weights save network `name`, in words; None unless `rows` have it trained both
+    ways.
 
     A cosine's last epochs are its best: the epochs of two schedules of the same length are compared.
     """
@@ -173,8 +177,8 @@ def saving(rows, name):
     goal, n = both["scratch"][-1]["accuracy"], len(both["inherit"])
     enough = [e["epoch"] + 1 for e in both["inherit"] if e["accuracy"] >= goal]
     when = f"after {enough[0]} of {n}" if enough else f"not within {n}"
-    return (f"{name} with the supernet's weights reaches {100 * goal:.2f} %, that of {len(both['scratch'])} epochs "
-            f"from scratch, {when} epochs")
+    return (f"{name} with the supernet's weights reaches {100 * goal:.2f} %, that of {len(both['scratch'])} "
+            f"epochs from scratch, {when} epochs")
 
 
 def parser():
@@ -182,26 +186,30 @@ def parser():
                                          formatter_class=argparse.RawDescriptionHelpFormatter))
     p.add_argument("what", type=Path, metavar="ARCH.json|RUN", help="a network, or the folder of a run")
     p.add_argument("--init", choices=("scratch", "inherit"), default="scratch",
-                   help="random weights as in the paper, or the supernet's, from the .pt file beside (scratch)")
+                   help="random weights as in the paper, or the supernet's, from the .pt file beside "
+                   "(scratch)")
     p.add_argument("--export", type=Path, metavar="FILE",
                    help="write the trained network as .pt2 (torch.export) or .onnx as well")
     g = p.add_argument_group("training", "(defaults for the paper's space; for small images)")
     g.add_argument("--epochs", type=number(int, 1), help="(180, the paper's; 3)")
     g.add_argument("--batch-size", type=number(int, 1), metavar="B", help="(1024; 64)")
-    g.add_argument("--accumulate", type=number(int, 1), default=1, metavar="N", help="compute a batch in N pieces, for "
-                   "less memory: the same gradient, but for batch norm, which sees a piece at a time (1)")
+    g.add_argument("--accumulate", type=number(int, 1), default=1, metavar="N",
+                   help="compute a batch in N pieces, for less memory: the same gradient, but for batch "
+                   "norm, which sees a piece at a time (1)")
     g.add_argument("--lr", type=number(float, 1e-9), help="peak learning rate (0.4; 0.2)")
     g.add_argument("--weight-decay", type=number(float, 0), default=1e-4, help="of weight matrices (1e-4)")
     g.add_argument("--smoothing", type=number(float, 0), default=0.1, help="label smoothing (0.1)")
     g.add_argument("--dropout", type=number(float, 0), help="probability before the classifier (0.2; 0)")
-    g.add_argument("--ema", type=number(float, 0), help="decay of the weights' average, 0 for none (0.9999; 0)")
+    g.add_argument("--ema", type=number(float, 0),
+                   help="decay of the weights' average, 0 for none (0.9999; 0)")
     g.add_argument("--autocast", action=argparse.BooleanOptionalAction, help="bfloat16 (on a GPU)")
     g.add_argument("--validate", action="store_true", help="to choose settings: train on 5/6 of the training "
                    "images, report accuracy on the other 1/6 instead of the test images, and write nothing")
     flags.data_flags(p.add_argument_group("data", "as in search.py; without --data, the run's own"))
     g = p.add_argument_group("the run")
     g.add_argument("--out", type=Path, metavar="DIR", help="folder of the results (the network's)")
-    g.add_argument("--resume", action="store_true", help="go on where the last training ended; skip what is trained")
+    g.add_argument("--resume", action="store_true",
+                   help="go on where the last training ended; skip what is trained")
     g.add_argument("--seed", type=number(int, 0), default=0, help="the same seed gives the same run (0)")
     g.add_argument("--device", default="auto", help="cpu, cuda, .. (auto: an accelerator if there is one)")
     return p
@@ -245,8 +253,8 @@ def check(p, args, archs, folder, images):
     """End in p.error for what does not fit together, before any work."""
     for name, arch in archs.items():
         if arch.in_channels != images.channels or args.init == "inherit" and arch.classes != images.classes:
-            p.error(f"{name} is for {arch.in_channels} channels and {arch.classes} classes, but --data {args.data} "
-                    f"has {images.channels} and {images.classes}")
+            p.error(f"{name} is for {arch.in_channels} channels and {arch.classes} classes, but --data "
+                    f"{args.data} has {images.channels} and {images.classes}")
         if args.init == "inherit" and not (folder / f"A{arch.stage}.pt").exists():
             p.error(f"--init inherit needs the supernet's weights, {folder / f'A{arch.stage}.pt'}")
     for key in ("smoothing", "dropout", "ema"):
@@ -261,18 +269,20 @@ def check(p, args, archs, folder, images):
 
 
 def check_size(p, name, arch, args, images, device):
-    """End in p.error for a batch that does not fit the number of images or processes, or with `arch` the memory."""
+    """End in p.error for a batch that does not fit images or processes, or an `Arch` beyond the memory."""
     size, n = args.batch_size, processes.share()[1]
     if size > images:
         p.error(f"--batch-size {size} is more than the {images} images")
     if size % n:
         p.error(f"--batch-size {size} does not divide by the {n} processes")
     if args.accumulate > size // n:
-        p.error(f"--accumulate {args.accumulate} is more than the {size // n} images that a process has of a batch")
+        p.error(f"--accumulate {args.accumulate} is more than the {size // n} images that a process has of a "
+                "batch")
     need, has = flops.training_memory(arch, size // n // args.accumulate), flops.memory(device)
     if need > has:
-        p.error(f"{name} needs {need / 2 ** 30:,.1f} GB to train with --batch-size {size}, by an estimate that is "
-                f"rather low, but there are {has / 2 ** 30:,.1f}: take a larger --accumulate, or a smaller network")
+        p.error(f"{name} needs {need / 2 ** 30:,.1f} GB to train with --batch-size {size}, by an estimate "
+                f"that is rather low, but there are {has / 2 ** 30:,.1f}: take a larger --accumulate, or a "
+                "smaller network")
 
 
 def read_rows(file):
@@ -292,7 +302,7 @@ def read_rows(file):
 def progress(label, checkpoint, trained, resume):
     """How far a network is that is to be gone on with: "saved" in an epoch, or "trained"; else None."""
     if not resume:
-        return processes.recall(label)                           # torchrun may have started its processes anew
+        return processes.recall(label)  # torchrun may have started its processes anew
     return "saved" if checkpoint.exists() else "trained" if trained else None
 
 
@@ -309,7 +319,7 @@ def train_all(p, args, archs, folder, out, device, images, test, caught):
     results = out / "trained.json"
     rows = processes.first(read_rows, results) if results.exists() else []
     for name, searched in archs.items():
-        arch = searched._replace(classes=images.classes, resolution=images.resolution)      # as the images are
+        arch = searched._replace(classes=images.classes, resolution=images.resolution)  # as the images are
         given = argparse.Namespace(**vars(args))
         for key, value in DEFAULTS["paper" if arch.space == "paper" else "small"].items():
             setattr(given, key, value if getattr(args, key) is None else getattr(args, key))
@@ -323,8 +333,8 @@ def train_all(p, args, archs, folder, out, device, images, test, caught):
         given.resume = before == "saved"
         loader, tester = (part.loader(stats, given.batch_size, device) for part in (images, test))
         network = initial(arch, given, folder).to(device)
-        network, epochs = train(network, loader, index, tester, test_index, given, label, arch.stage, checkpoint,
-                                caught)
+        network, epochs = train(network, loader, index, tester, test_index, given, label, arch.stage,
+                                checkpoint, caught)
         if args.validate or processes.share()[0]:
             continue                                        # of many processes the first writes
         row = mine | {"stage": arch.stage, "flops": flops.macs(arch), "params": flops.params(arch),
@@ -367,5 +377,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)             # Ctrl-C, but for where a script listens, ends it at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, but for where a script listens, ends it at once
     sys.exit(main())

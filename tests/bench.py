@@ -1,7 +1,8 @@
 """What a search step costs, in ratios: a benchmark, not a test. Prints a table and writes JSON.
 
     python tests/bench.py [--quick] [--out bench.json]
-    python tests/bench.py --full-size        # the paper's steps at 224 pixels, A0..A4 with growth between them
+    python tests/bench.py --full-size        # the paper's steps at 224 pixels, A0..A4 with growth between
+    them
 
 All variants of a row run in one process, in turns, and medians over the repeats are compared, so that a noisy
 machine harms both sides alike. "All paths" is FBNetV2's way: all eight candidates of every block, at full
@@ -37,7 +38,8 @@ V100 = 15.7e12                      # its FLOPs a second in float32, by NVIDIA's
 
 
 def timed(variants, repeats, warm=2):
-    """Median seconds of each function in the dict `variants`, called in turns; `warm` calls each to warm up."""
+    """Median seconds of each function in the dict `variants`, called in turns; `warm` calls each to warm up.
+    """
     times = {name: [] for name in variants}
     for n in range(repeats + warm):
         for name, call in variants.items():
@@ -153,12 +155,12 @@ def two_networks(steps):
 
 def two_paths_against_all(stage, repeats, batch, size):
     steps = Steps(SPACES["paper"][stage], batch, size)
-    times = timed({"two": lambda: steps.update(steps.two_paths), "all": lambda: steps.update(steps.every_path)},
-                  repeats, warm=1)
+    times = timed({"two": lambda: steps.update(steps.two_paths),
+                   "all": lambda: steps.update(steps.every_path)}, repeats, warm=1)
     drawn = statistics.median(memory(steps, steps.two_paths) for _ in range(repeats))
     return [(f"images/s, two paths over all, paper's A{stage}", times["all"] / times["two"], ">= 4", repeats),
-            (f"memory, two paths over all, paper's A{stage}", drawn / memory(steps, steps.every_path), "<= 0.25",
-             repeats)]
+            (f"memory, two paths over all, paper's A{stage}", drawn / memory(steps, steps.every_path),
+             "<= 0.25", repeats)]
 
 
 def overheads(name, space, paths, repeats, batch, size, channels):
@@ -169,24 +171,30 @@ def overheads(name, space, paths, repeats, batch, size, channels):
         path, plain = two_networks(steps)
         steps.net.sample = lambda tau, generator, path=path: path
         times = timed({"two": lambda: steps.update_two(), "plain": plain,
-                       "taught": lambda: steps.update(lambda: steps.two_paths(teacher), alphas=False)}, repeats)
+                       "taught": lambda: steps.update(lambda: steps.two_paths(teacher), alphas=False)},
+                      repeats)
         del steps.net.sample
         ratios.append(times["two"] / times["plain"])
         taught.append(times["taught"] / times["two"])
-    return [(f"a step over its two networks alone, {name}", statistics.median(ratios), "<= 1.15", paths * repeats),
-            (f"a step with distillation over without, {name}", statistics.median(taught), "<= 1.25", paths * repeats)]
+    n = paths * repeats
+    return [(f"a step over its two networks alone, {name}", statistics.median(ratios), "<= 1.15", n),
+            (f"a step with distillation over without, {name}", statistics.median(taught), "<= 1.25", n)]
 
 
 def loading(repeats):
-    """Batches/s of data.py over the steps/s of the fastest supernet; its share of time outside the real work."""
+    """Batches/s of data.py over the steps/s of the fastest supernet; its share of time outside the real work.
+    """
     images = data.load("fashion", "train")
     parts = data.split(images.labels, 0)
     loader = data.Loader(images, images.statistics(parts[0]), 32)
     steps, batches = Steps(SPACES["small"][0], 32, 28, 1), loader.shuffled(parts[0], 0)
     times = timed({"batch": lambda: next(batches), "step": lambda: steps.update_two()},
                   10 * repeats)
-    return [("batches/s of data.py over steps/s of A0", times["step"] / times["batch"], ">= 20", 10 * repeats),
-            ("share outside forward, backward, optimiser, A0", statistics.median(outside(loader, parts) for _ in range(max(1, repeats // 3))), "<= 0.05", max(1, repeats // 3))]
+    few = max(1, repeats // 3)
+    shares = [outside(loader, parts) for _ in range(few)]
+    ratio = times["step"] / times["batch"]
+    return [("batches/s of data.py over steps/s of A0", ratio, ">= 20", 10 * repeats),
+            ("share outside forward, backward, optimiser, A0", statistics.median(shares), "<= 0.05", few)]
 
 
 def outside(loader, parts):
@@ -203,7 +211,7 @@ def outside(loader, parts):
     args = flags.settings(flags.parser(), ["--epochs", "0.15", "--out", "unused"])
     net = SuperNet(SPACES["small"][0]._replace(resolution=28), 1, 10)
     sgd, adam = search.optimisers(net, args)
-    net.sample = watched(net.sample, -1)                                    # gradients() draws the paths as well
+    net.sample = watched(net.sample, -1)  # gradients() draws the paths as well
     sgd.step, sgd.zero_grad = watched(sgd.step), watched(sgd.zero_grad)
     places = [(search, name) for name in ("gradients", "expected_macs", "step_sampled")]
     calls = [getattr(*place) for place in places]
@@ -237,7 +245,8 @@ def linearity(repeats, size):
 
 
 def full_size(batch, size=224):
-    """Text: seconds, memory and FLOPs of the paper's steps at its own size, and what its search takes by them.
+    """Text: seconds, memory and FLOPs of the paper's steps at its own size, and what its search takes by
+    them.
 
     FLOPs are counted forward, for one image: two paths, and the teacher. Backward takes twice as many for the
     weights, as many for alpha, which has a step for every five of theirs.
@@ -253,10 +262,10 @@ def full_size(batch, size=224):
         net = steps.net
         teacher = inherit(Network(derive(net)), net).eval()
     hours = total / V100 / 3600
-    lines.append(f"The paper's search on ImageNet-100, {IMAGENET_100:,} images: {total:.2e} FLOP, {hours:.1f} hours of a V100 "
-                 f"at its {V100 / 1e12} TFLOPS.")
-    lines.append(f"The paper's 456 hours are {hours / 456:.1%} of that speed: small depthwise networks are bound by "
-                 "memory, not by arithmetic.")
+    lines.append(f"The paper's search on ImageNet-100, {IMAGENET_100:,} images: {total:.2e} FLOP, "
+                 f"{hours:.1f} hours of a V100 at its {V100 / 1e12} TFLOPS.")
+    lines.append(f"The paper's 456 hours are {hours / 456:.1%} of that speed: small depthwise networks are "
+                 "bound by memory, not by arithmetic.")
     return "\n".join(lines)
 
 
@@ -265,17 +274,21 @@ def costs_of(steps, teacher, batch):
     def two():
         return steps.two_paths(teacher)
     held = memory(steps, two)
-    times = timed({alphas: lambda alphas=alphas: steps.update(two, alphas) for alphas in (False, True)}, 3, warm=1)
+    times = timed({alphas: lambda alphas=alphas: steps.update(two, alphas) for alphas in (False, True)},
+                  3, warm=1)
     with torch.no_grad():
         taught = flops_of(lambda: teacher(steps.x), 1) / batch if teacher else 0.0
         student = flops_of(steps.two_paths, 8) / batch
     weights = 4 * sum(p.numel() for p in steps.net.weights())
-    return (f"{times[False]:>11.1f}{times[True] - times[False]:>10.1f}{held / 2 ** 30:>11.2f}{weights / 2 ** 30:>12.2f}"
-            f"{student / 1e9:>15.2f}{taught / 1e9:>9.2f}"), 3 * student + taught + (2 * student + taught) / 5
+    text = (f"{times[False]:>11.1f}{times[True] - times[False]:>10.1f}{held / 2 ** 30:>11.2f}"
+            f"{weights / 2 ** 30:>12.2f}{student / 1e9:>15.2f}{taught / 1e9:>9.2f}")
+    return text, 3 * student + taught + (2 * student + taught) / 5
 
 
 def flops_of(call, repeats):
-    """FLOPs (two a multiply-accumulate) of a call, by PyTorch's counter: the mean of some, which draw other paths."""
+    """FLOPs (two a multiply-accumulate) of a call, by PyTorch's counter: the mean of some, which draw other
+    paths.
+    """
     with FlopCounterMode(display=False) as counter:
         for _ in range(repeats):
             call()
@@ -290,7 +303,8 @@ def r2(x, y):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--quick", action="store_true", help="fewer repeats and smaller images: within a minute")
-    p.add_argument("--full-size", action="store_true", help="time, memory and FLOPs of the paper's steps at 224 pixels")
+    p.add_argument("--full-size", action="store_true",
+                   help="time, memory and FLOPs of the paper's steps at 224 pixels")
     p.add_argument("--out", type=Path, default=Path("bench.json"))
     args = p.parse_args(argv)
     if args.full_size:
@@ -300,7 +314,8 @@ def main(argv=None):
     rows = [*two_paths_against_all(0, repeats, 4, size), *two_paths_against_all(4, repeats, 4, size),
             *overheads("small A4", SPACES["small"][4], paths, repeats, 32, 28, 1),
             *overheads("paper's A4", SPACES["paper"][4], paths, repeats, batch, size, 3),
-            *loading(repeats), *growth(max(1, repeats // 3)), *linearity(repeats if args.quick else 2 * repeats, size)]
+            *loading(repeats), *growth(max(1, repeats // 3)),
+            *linearity(repeats if args.quick else 2 * repeats, size)]
     machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
                "torch": torch.__version__, "quick": args.quick}
     print(f"{'measured':<58}{'found':>9}  must reach     n")

@@ -1,7 +1,8 @@
 """A folder of "photographs" to try --data DIR with, made of Fashion-MNIST: python tests/photos.py DIR [EACH]
 
-Ten class folders of EACH (120) files in many sizes, tinted, on a ground with a gradient; mostly JPEG in colour, some
-grey, some CMYK, some on their side with an EXIF note, some PNG with transparent ground or a palette.
+Ten class folders of EACH (120) files in many sizes, tinted, on a ground with a gradient; mostly JPEG in
+colour, some grey, some CMYK, some on their side with an EXIF note, some PNG with transparent ground or a
+palette.
 """
 import sys
 from pathlib import Path
@@ -12,11 +13,13 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import fashion
 
-CLASSES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+CLASSES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
+           "ankle boot")
 
 
 def photograph(pixels, rng):
-    """(PIL image, how to save it, file ending) of a 28x28 uint8 picture, by the draws of a numpy Generator."""
+    """(PIL image, how to save it, file ending) of a 28x28 uint8 picture, by the draws of a numpy Generator.
+    """
     size = tuple(int(n) for n in rng.integers(48, 160, 2))
     mask = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
     ramp = np.linspace(rng.uniform(0.2, 1, 3), rng.uniform(0.2, 1, 3), size[1])[:, None]          # (H, 1, 3)

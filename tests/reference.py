@@ -2,13 +2,13 @@
 
     python tests/reference.py runs/001 --targets 0.87M 2.2M 4.7M
 
-MobileNetV3-small, MobileNetV2 and ShuffleNetV2, each at the width that comes nearest to the MACs of a target, as
-rows of DIR/trained.json, which plot.py draws as stars. All flags of train.py hold, with its defaults: the same
-images, recipe, initialisation and seed.
+MobileNetV3-small, MobileNetV2 and ShuffleNetV2, each at the width that comes nearest to the MACs of a target,
+as rows of DIR/trained.json, which plot.py draws as stars. All flags of train.py hold, with its defaults: the
+same images, recipe, initialisation and seed.
 
-Adapted to 28 x 28 pixels as the small space is: stem of stride 2, two more strides (28, 14, 7, 4), 256 channels
-in the last 1x1 convolution, and depths as they were. MobileNets keep their first and third stride after the stem;
-ShuffleNetV2 goes without its pooling and its last stride.
+Adapted to 28 x 28 pixels as the small space is: stem of stride 2, two more strides (28, 14, 7, 4), 256
+channels in the last 1x1 convolution, and depths as they were. MobileNets keep their first and third stride
+after the stem; ShuffleNetV2 goes without its pooling and its last stride.
 """
 import argparse
 import json
@@ -43,7 +43,8 @@ def strided(strides):
 
 
 def mobilenet_v2(width, channels, classes, dropout):
-    rows = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]
+    rows = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2),
+            (6, 320, 1, 1)]
     rows = [(*row[:3], s) for row, s in zip(rows, strided([row[3] for row in rows]))]
     network = MobileNetV2(classes, width, rows, dropout=dropout)
     return refit(network, channels, classes)
@@ -69,7 +70,8 @@ def refit(network, channels, classes):
 
 def shufflenet_v2(width, channels, classes, dropout):
     """It has no dropout. Its stages' channels are even numbers."""
-    network = ShuffleNetV2([4, 8, 4], [24, *(2 * round(c * width / 2) for c in (116, 232, 464)), HEAD], classes)
+    widths = [24, *(2 * round(c * width / 2) for c in (116, 232, 464)), HEAD]
+    network = ShuffleNetV2([4, 8, 4], widths, classes)
     network.conv1[0] = nn.Conv2d(channels, 24, 3, 2, 1, bias=False)
     network.maxpool = nn.Identity()
     for layer in (network.stage4[0].branch1[0], network.stage4[0].branch2[3]):
@@ -89,7 +91,8 @@ def macs(network, channels, pixels):
 
 
 def nearest(build, target, channels, pixels, classes, dropout=0.0):
-    """(width, network, MACs): the one whose MACs are nearest to `target`, of the widths 0.02, 0.04, .. 1.5."""
+    """(width, network, MACs): the one whose MACs are nearest to `target`, of the widths 0.02, 0.04, .. 1.5.
+    """
     def count(n):
         with torch.device("meta"):                       # shapes are enough to count
             return macs(build(n / 50, channels, classes, dropout), channels, pixels)
@@ -106,7 +109,8 @@ def main(argv=None):
                                                epilog="further flags: train.py --help",
                                                formatter_class=argparse.RawDescriptionHelpFormatter))
     p.add_argument("dir", type=Path, metavar="DIR", help="folder of trained.json, such as a run's")
-    p.add_argument("--targets", type=amount, nargs="+", default=TARGETS, metavar="F", help="MACs (0.87M 2.2M 4.7M)")
+    p.add_argument("--targets", type=amount, nargs="+", default=TARGETS, metavar="F",
+                   help="MACs (0.87M 2.2M 4.7M)")
     own, rest = p.parse_known_args(argv)
     args = train.parser().parse_args([str(own.dir), *rest])
     for key, value in train.DEFAULTS["small"].items():
@@ -130,12 +134,14 @@ def main(argv=None):
             checkpoint = own.dir / f"{name}.last.pt"
             params = sum(p.numel() for p in network.parameters())
             print(f"{name}: {count / 1e6:.3f} M MACs, {params / 1e6:.3f} M parameters", flush=True)
-            _, epochs = train.train(network.to(device, memory_format=torch.channels_last), loader, index, tester,
-                                    torch.arange(len(test.labels)), args, name, n, checkpoint)
+            network = network.to(device, memory_format=torch.channels_last)
+            test_index = torch.arange(len(test.labels))
+            _, epochs = train.train(network, loader, index, tester, test_index, args, name, n, checkpoint)
             row = {"name": name, "stage": n, "init": "scratch", "flops": count, "params": params,
                    "accuracy": epochs[-1]["accuracy"], "seconds": sum(e["seconds"] for e in epochs),
                    "seed": args.seed, "epochs": epochs}
-            rows = sorted([r for r in rows if r["name"] != name] + [row], key=lambda r: (r["name"], r["init"]))
+            rows = [r for r in rows if r["name"] != name] + [row]
+            rows.sort(key=lambda r: (r["name"], r["init"]))
             write(results, json.dumps(rows, indent=1) + "\n")
             checkpoint.unlink()
 

@@ -257,7 +257,8 @@ def test_cifar_is_what_its_archive_holds(monkeypatch, tmp_path, name, folder, fi
         images = data.cifar(name, part, tmp_path)
         assert (images.classes, images.channels, images.resolution) == (classes, 3, 32)
         assert images.labels.tolist() == [0, 1, classes - 1] * len(names)
-        want = np.concatenate([pixels[file] for file in names]).reshape(-1, 3, 32, 32)       # red, green, blue planes
+        # red, green, blue planes
+        want = np.concatenate([pixels[file] for file in names]).reshape(-1, 3, 32, 32)
         assert np.array_equal(images.pixels.numpy(), want)
 
 

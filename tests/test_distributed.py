@@ -117,7 +117,7 @@ def test_two_processes_compute_what_one_does(two, monkeypatch):
             torch.testing.assert_close(found["plain"][name], p.detach(), rtol=1e-3, atol=1e-5)
     moved = max(float((p.detach() - start[name]).abs().max()) for name, p in net.named_parameters())
     assert moved > 1e-2                                             # a thousand times what is let pass
-    accuracy = two[0]["plain_row"].pop("accuracy")                  # where two labels nearly tie, rounding decides
+    accuracy = two[0]["plain_row"].pop("accuracy")  # where two labels nearly tie, rounding decides
     assert accuracy == pytest.approx(row["accuracy"], abs=1.5 / (10 * BATCH))
     assert {k: pytest.approx(row[k], rel=1e-4) for k in two[0]["plain_row"]} == two[0]["plain_row"]
 

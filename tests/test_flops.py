@@ -81,7 +81,7 @@ def uses():
 @pytest.mark.parametrize("op", CANDIDATES)
 @pytest.mark.parametrize("pixels, stride, expand", uses())
 def test_candidate(op, pixels, stride, expand):
-    for inputs, hidden, outputs in ((8, 8, 12), (24, 72, 40)):            # of 8 channels a quarter is 2, and so 8
+    for inputs, hidden, outputs in ((8, 8, 12), (24, 72, 40)):  # of 8 channels a quarter is 2, and so 8
         hidden = hidden if expand else inputs
         with torch.device("meta"):
             module = InvertedResidual(op, inputs, hidden, outputs, stride, expand)

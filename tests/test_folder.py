@@ -1,7 +1,8 @@
-"""Folders of images: what is listed, drawn, refused; what is decoded; and that batches do not depend on workers.
+"""Folders of images: what is listed, drawn, refused; what is decoded; and that batches do not depend on
+workers.
 
-The oracles: files written by hand and with Pillow, torchvision's Resize and CenterCrop, its names of ImageNet's
-classes, and the same batch from other workers, another start and in shares.
+The oracles: files written by hand and with Pillow, torchvision's Resize and CenterCrop, its names of
+ImageNet's classes, and the same batch from other workers, another start and in shares.
 """
 import contextlib
 import itertools
@@ -254,7 +255,7 @@ def test_an_image_is_evaluated_as_by_resize_and_center_crop(tmp_path):
     found = decode.Decoder(open_folder(tmp_path, resolution=56)).image(0)
     wanted = v2.Compose([v2.Resize(64), v2.CenterCrop(56), v2.PILToTensor()])(smooth)
     assert found.shape == (3, 56, 56) and (found.int() - wanted.int()).abs().float().mean() < 1.5
-    assert (found.int() - wanted.roll(4, 2).int()).abs().float().mean() > 5          # elsewhere it would differ
+    assert (found.int() - wanted.roll(4, 2).int()).abs().float().mean() > 5  # elsewhere it would differ
 
 
 # --- batches

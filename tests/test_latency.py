@@ -1,4 +1,5 @@
-"""Time as a budget: which layers a network is made of, their sums, the exact search, and what is measured anew.
+"""Time as a budget: which layers a network is made of, their sums, the exact search, and what is measured
+anew.
 
 The oracles: a list of a network's layers, from its blocks, by the tests themselves; what PyTorch is asked to
 compute, operation by operation; brute force over all networks of a tiny space, with random whole costs.

@@ -1,4 +1,5 @@
-"""The search as a whole, on the `fake` patterns: it repeats, it goes on, it never sees the test images, it says no clearly.
+"""The search as a whole, on the `fake` patterns: it repeats, it goes on, it never sees the test images, it
+says no clearly.
 
 The oracle is a second run: with the same seed, with another, undisturbed beside interrupted.
 """
@@ -70,7 +71,7 @@ class Countdown(list):
         return self.n < 0
 
 
-@pytest.mark.parametrize("looks", [3, 12, 16])                    # in A0, in A1, and after A0's last checkpoint
+@pytest.mark.parametrize("looks", [3, 12, 16])  # in A0, in A1, and after A0's last checkpoint
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(undisturbed, tmp_path, looks, monkeypatch, capsys):
     out = tmp_path / "run"
     monkeypatch.setattr(search.processes, "signals", lambda: search.contextlib.nullcontext(Countdown(looks)))

@@ -1,7 +1,7 @@
 """Half an hour of search on `fake` data: memory, open files and time a step stay as they are.
 
-Run by hand: python -m pytest -m slow -s tests/test_soak.py. The oracles: /proc, and a straight line through what it
-says; the first tenth, in which kernels are made for new widths, is left out.
+Run by hand: python -m pytest -m slow -s tests/test_soak.py. The oracles: /proc, and a straight line through
+what it says; the first tenth, in which kernels are made for new widths, is left out.
 """
 import json
 import os
@@ -18,7 +18,9 @@ MINUTES = 30
 
 
 def slope(x, y):
-    """(change of y over all x, by the line of least squares, as a share of y's mean; the standard error of it)."""
+    """(change of y over all x, by the line of least squares, as a share of y's mean; the standard error of
+    it).
+    """
     (rate, at), ((variance, _), _) = np.polyfit(x, y, 1, cov="unscaled")
     scatter = np.std(y - rate * x - at, ddof=2)
     whole = (x[-1] - x[0]) / np.mean(y)
@@ -45,9 +47,9 @@ def test_half_an_hour_of_search_is_flat(tmp_path):
     taken = np.diff([row["seconds"] for row in rows])
     steps = np.array([row["step"] for row in rows[1:]])
     memory, pace = slope(seconds, resident), slope(steps, taken)
-    print(f"\n{steps[-1]} steps in {seconds[-1]:.0f} s: memory {resident.mean() / 2 ** 20:.0f} MB changed by {memory[0]:+.2%} "
-          f"(standard error {memory[1]:.2%}); {opened.min():.0f} to {opened.max():.0f} open files; "
-          f"{np.median(taken) / 31 * 1000:.1f} ms a step changed by {pace[0]:+.2%} ({pace[1]:.2%})")
+    print(f"\n{steps[-1]} steps in {seconds[-1]:.0f} s: memory {resident.mean() / 2 ** 20:.0f} MB changed by "
+          f"{memory[0]:+.2%} (standard error {memory[1]:.2%}); {opened.min():.0f} to {opened.max():.0f} open "
+          f"files; {np.median(taken) / 31 * 1000:.1f} ms a step changed by {pace[0]:+.2%} ({pace[1]:.2%})")
     assert memory[0] < 0.02 + 3 * memory[1]
     assert opened.max() <= opened.min() + 2                        # a checkpoint may be open
     assert pace[0] < 0.05 + 3 * pace[1]

@@ -1,4 +1,5 @@
-"""Training and exporting derived networks, on the `fake` patterns, and the command lines of train.py and derive.py.
+"""Training and exporting derived networks, on the `fake` patterns, and the command lines of train.py and
+derive.py.
 
 The oracle is a second run, a reloaded program, or the files that must be there.
 """
@@ -92,7 +93,7 @@ def test_inherited_weights_are_the_supernets(searched):
 def test_a_network_stands_in_the_results_from_scratch_and_from_inherited_weights(searched, tmp_path, capsys):
     arch, out = str(searched / "A0.json"), ["--out", str(tmp_path)]
     train.main([arch, *FAST, *out])
-    train.main([arch, *FAST, *out, "--init", "inherit", "--resume"])               # A0 from scratch is another
+    train.main([arch, *FAST, *out, "--init", "inherit", "--resume"])  # A0 from scratch is another
     rows = json.loads((tmp_path / "trained.json").read_text())
     assert [(row["name"], row["init"]) for row in rows] == [("A0", "inherit"), ("A0", "scratch")]
     assert capsys.readouterr().out.count(train.saving(rows, "A0")) == 1
