@@ -54,7 +54,7 @@ def train(network, loader, index, tester, test_index, args, name, stage, checkpo
     """Train `network` on the images at `index`, and return it, or its moving average, with a row an epoch:
     epoch, loss, accuracy on the images of the `Loader` tester at `test_index`, seconds.
 
-    checkpoint: a file that each epoch is saved in; with args.resume, training goes on from it.
+    checkpoint: a file that it is saved in now and then; with args.resume, training goes on from it.
     caught: as in `search`; the step ends, is saved, and SystemExit raised. Also if the loss is not finite.
     ValueError if the file is not a checkpoint of this training.
     """
@@ -120,12 +120,14 @@ def train(network, loader, index, tester, test_index, args, name, stage, checkpo
                 bar.update()
                 if step % 50 == 49:
                     bar.set_postfix_str(f"loss {float(total) / (step + 1):.3f}")
-                if step + 1 < epoch_length and (stopped := processes.heard(caught)):
-                    begin, seconds = step + 1, seconds + time.perf_counter() - clock
+                stopped = processes.heard(caught)
+                if step + 1 < epoch_length and (stopped or (step + 1) % args.checkpoint_every == 0):
+                    begin, seconds, clock = step + 1, seconds + time.perf_counter() - clock, time.perf_counter()
                     keep()
-                    print(f"stopped in epoch {epoch} of {name}, after step {begin}; the same command with "
-                          "--resume goes on", flush=True)
-                    raise SystemExit(128 + stopped)
+                    if stopped:
+                        print(f"stopped in epoch {epoch} of {name}, after step {begin}; the same command with "
+                              "--resume goes on", flush=True)
+                        raise SystemExit(128 + stopped)
         processes.spread(network)
         processes.spread(average)
         right = accuracy(result, tester.ordered(test_index))
@@ -210,6 +212,8 @@ def parser():
     g.add_argument("--out", type=Path, metavar="DIR", help="folder of the results (the network's)")
     g.add_argument("--resume", action="store_true",
                    help="go on where the last training ended; skip what is trained")
+    g.add_argument("--checkpoint-every", type=number(int, 1), default=500, metavar="N",
+                   help="steps between checkpoints within an epoch; a kill loses no more than these (500)")
     g.add_argument("--seed", type=number(int, 0), default=0, help="the same seed gives the same run (0)")
     g.add_argument("--device", default="auto", help="cpu, cuda, .. (auto: an accelerator if there is one)")
     return p

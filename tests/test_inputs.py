@@ -157,6 +157,7 @@ FLAGS = [
     ("train", "run/A0.json --batch-size 5000", "--batch-size 5000 is more than the 1200 images"),
     ("train", "run/A0.json --accumulate 0", "--accumulate: .* at least 1"),
     ("train", "run/A0.json --accumulate 65", "--accumulate 65 is more than the 64 images"),
+    ("train", "run/A0.json --checkpoint-every 0", "--checkpoint-every: .* at least 1"),
     ("train", "run/A0.json --lr nan", "--lr: .* at least"),
     ("train", "run/A0.json --weight-decay -1", "--weight-decay: .* at least 0"),
     ("train", "run/A0.json --dropout 1", "--dropout is 1.0, not below 1"),

@@ -198,7 +198,7 @@ def test_a_stopped_training_goes_on_within_its_epoch(searched, tmp_path, monkeyp
     arch, more = str(searched / "A0.json"), ["--ema", "0.9", "--dropout", "0.2"]
     train.main([arch, *FAST, *more, "--out", str(tmp_path / "whole")])
     heard, looks = train.processes.heard, []
-    monkeypatch.setattr(train.processes, "heard", lambda caught: looks.append(1) or (2 if len(looks) == 23 else 0))
+    monkeypatch.setattr(train.processes, "heard", lambda caught: looks.append(1) or (2 if len(looks) == 24 else 0))
     with pytest.raises(SystemExit) as stopped:
         train.main([arch, *FAST, *more, "--out", str(tmp_path / "cut")])
     monkeypatch.setattr(train.processes, "heard", heard)
@@ -211,6 +211,28 @@ def test_a_stopped_training_goes_on_within_its_epoch(searched, tmp_path, monkeyp
     assert all(torch.equal(one[key], other[key]) for key in one)
     rows = [json.loads((tmp_path / name / "trained.json").read_text())[0]["epochs"] for name in ("whole", "cut")]
     assert [e["loss"] for e in rows[0]] == [e["loss"] for e in rows[1]]
+
+
+def test_a_killed_training_loses_no_more_than_a_checkpoints_steps(searched, tmp_path, monkeypatch):
+    argv = [str(searched / "A0.json"), *FAST, "--dropout", "0.2", "--checkpoint-every", "4", "--out"]
+    train.main([*argv, str(tmp_path / "whole")])
+    entropy, calls = train.F.cross_entropy, []
+
+    def killed(*x, **more):
+        calls.append(1)
+        if len(calls) == 29:
+            raise KeyboardInterrupt
+        return entropy(*x, **more)
+    monkeypatch.setattr(train.F, "cross_entropy", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*argv, str(tmp_path / "cut")])
+    saved = files.load(tmp_path / "cut" / "A0.last.pt")
+    assert (len(saved["rows"]), saved["step"]) == (1, 8)                 # 18 steps an epoch, and ten more
+    calls.clear()
+    train.main([*argv, str(tmp_path / "cut"), "--resume"])
+    assert len(calls) == 10
+    one, other = (files.load(tmp_path / name / "A0.trained.pt") for name in ("whole", "cut"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_a_loss_that_is_not_finite_ends_the_training_and_is_not_saved(searched, tmp_path, monkeypatch):
