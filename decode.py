@@ -93,7 +93,11 @@ class Decoder(Dataset):
 
 
 def calm(worker):
-    """A worker ignores Ctrl-C, which the main process obeys in its own time, and dies of other signals."""
+    """A worker ignores Ctrl-C, which the main process obeys in its own time, and dies of other signals.
+
+    It does not hold the run's folder, so that a run can go on at once after the main process was killed.
+    """
+    files.unlock()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -25,6 +25,7 @@ import data
 import files
 import flags
 import latency
+import processes
 from budget import alternatives, choose, most_likely, viterbi
 from flops import amount, bounds, costs, expected, macs, params
 from ops import InvertedResidual, add_residual, conv, norm
@@ -95,9 +96,10 @@ def log_probabilities(supernet):
 
     Differentiable in alpha. A choice with one option has log-probability 0.
     """
-    single = torch.zeros(1, dtype=torch.float64)
-    return [tuple(F.log_softmax(block.alphas[name].double().cpu(), 0) if name in block.alphas else single
-                  for name in CHOICES) for block in supernet.blocks]
+    alphas, single = supernet.alphas(), torch.zeros(1, dtype=torch.float64)
+    logits = iter(torch.cat(alphas).cpu().double().split([len(a) for a in alphas]))    # the device is read once
+    found = [{name: F.log_softmax(next(logits), 0) for name in block.alphas} for block in supernet.blocks]
+    return [tuple(block.get(name, single) for name in CHOICES) for block in found]
 
 
 def space_costs(supernet, cost="macs"):
@@ -133,7 +135,7 @@ def scale(arch, stage, target):
     while (scaled := _scaled(arch, stage, 1.2 ** phi, 1.1 ** phi)) and macs(scaled) <= target:
         best, phi = scaled, phi + 0.05
     if best is None:
-        raise ValueError(f"the network of {macs(arch):,} MACs does not fit into {target:,.0f} at all")
+        raise files.Refused(f"the network of {macs(arch):,} MACs does not fit into {target:,.0f} at all")
     return best
 
 
@@ -169,14 +171,17 @@ def recalibrate(network, batches):
 
 
 @torch.no_grad()
-def accuracy(network, batches):
-    """The share of `batches` of (images, labels) that `network` names right, in eval mode: in [0, 1]."""
+def accuracy(network, loader, index):
+    """The share of the images at `index` that `network` names right, in eval mode: in [0, 1].
+
+    Of many processes each looks at its share of them.
+    """
     network.eval()
-    right, seen = 0, 0
-    for x, y in batches:
+    rank, n = processes.share()
+    right = torch.zeros(1, device=loader.device)
+    for x, y in loader.ordered(index[rank::n]):
         right += (network(x).argmax(1) == y).sum()
-        seen += len(y)
-    return float(right) / seen
+    return float(processes.total(right)) / len(index)
 
 
 def measure(arch, supernet, loader, parts, *position):
@@ -186,21 +191,21 @@ def measure(arch, supernet, loader, parts, *position):
     """
     network = inherit(Network(arch).to(loader.device), supernet).requires_grad_(False)
     recalibrate(network, itertools.islice(loader.shuffled(parts[0], *position), RECALIBRATION))
-    return network, accuracy(network, loader.ordered(parts[1]))
+    return network, accuracy(network, loader, parts[1])
 
 
 def open_supernet(folder, stage):
     """The supernet of a run's stage, on the CPU, from A<stage>.json and A<stage>.pt in the run's folder."""
     found = Arch.from_json((folder / f"A{stage}.json").read_text())
     if found.space not in SPACES or found.stage != stage:
-        raise ValueError(f"{folder / f'A{stage}.json'}: no network of A{stage} of {' or '.join(SPACES)}")
+        raise files.Refused(f"{folder / f'A{stage}.json'}: no network of A{stage} of {' or '.join(SPACES)}")
     space = SPACES[found.space][stage]._replace(resolution=found.resolution)
     with torch.device("meta"):  # takes no memory for what the file does not hold
         supernet = SuperNet(space, found.in_channels, found.classes)
     try:
         supernet.load_state_dict(files.load(folder / f"A{stage}.pt"), assign=True)
     except RuntimeError as error:
-        raise ValueError(f"{folder / f'A{stage}.pt'} is not the supernet of A{stage}.json "
+        raise files.Refused(f"{folder / f'A{stage}.pt'} is not the supernet of A{stage}.json "
                          f"({' '.join(str(error).split()[:12])} ..)") from None
     return supernet
 

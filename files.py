@@ -21,6 +21,10 @@ BROKEN = (ArithmeticError, AssertionError, AttributeError, EOFError, ImportError
           zipfile.BadZipFile, zlib.error)
 
 
+class Refused(ValueError):
+    """A file, or a flag, is not what it should be; the message says which, and what is wrong."""
+
+
 def write(path, content):
     """Write text or bytes to `path` whole or not at all: to a temporary file, which then takes its name.
 
@@ -48,7 +52,7 @@ def extend(path, size, text):
     try:
         with open(path, "ab") as file:
             if file.tell() < size:
-                raise ValueError(f"{path} is shorter than last.pt says, {file.tell()} instead of {size} "
+                raise Refused(f"{path} is shorter than last.pt says, {file.tell()} instead of {size} "
                                  "bytes: start anew")
             file.truncate(size)
             file.write(text.encode())
@@ -75,10 +79,10 @@ def unpack(raw, path, device="cpu"):
         found = torch.load(io.BytesIO(raw), map_location=device, weights_only=True)
     except BROKEN as error:
         why = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
-        raise ValueError(f"{path} is cut short, damaged or no checkpoint ({why})") from None
+        raise Refused(f"{path} is cut short, damaged or no checkpoint ({why})") from None
     if broken or not isinstance(found, dict):
         why = f" (the checksum of {broken})" if broken else ""
-        raise ValueError(f"{path} is damaged or no checkpoint{why}")
+        raise Refused(f"{path} is damaged or no checkpoint{why}")
     return found
 
 
@@ -87,12 +91,24 @@ def load(path, device="cpu"):
     return unpack(Path(path).read_bytes(), path, device)
 
 
+held = []                       # what `lock` has opened
+
+
 @contextlib.contextmanager
 def lock(folder):
     """Hold `folder` in here, or until this process dies. BlockingIOError if another one holds it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held.append(handle)
         yield
     finally:
+        if handle in held:
+            held.remove(handle)
         os.close(handle)
+
+
+def unlock():
+    """Let go, in a process that was forked from the one that holds a folder, so that it does not outlive it."""
+    while held:
+        os.close(held.pop())

@@ -118,13 +118,17 @@ def images(p, args, part, run=None, checked=True):
         return processes.first(p.error, f"--data {args.data}: {error}")
 
 
-def targets(args):
-    """The MACs of each stage's network by default: Table 3's (or the like for our space), as the pixels of a
-    folder go.
-    """
-    native = SPACES[args.space][0].resolution
-    pixels = native if args.data in data.NAMES else args.resolution or RESOLUTION[args.space]
-    return [target * (pixels / native) ** 2 for target in flops.TARGETS[args.space]]
+def aim(p, args, images):
+    """MACs to aim at, a stage: args.flops_target, or `flops.targets`. What no network has ends in p.error."""
+    shape = images.channels, images.resolution, images.classes
+    found = args.flops_target or flops.targets(args.space, *shape)
+    for space, target in zip(SPACES[args.space][:args.stages], found):
+        space = space._replace(resolution=images.resolution)
+        low, high = flops.bounds(flops.costs(space, images.channels, images.classes))
+        if target and not low <= target <= high:
+            p.error(f"--flops-target {target:,.0f} is out of reach: the networks of A{space.stage} have {low:,.0f} "
+                    f"to {high:,.0f} MACs for these images")
+    return found
 
 
 def one_line(parser):
@@ -161,7 +165,7 @@ def explained(p, out):
     """What a file does to a run in here ends in one line: broken, or not the run's, or a full disk."""
     try:
         yield
-    except ValueError as error:
+    except files.Refused as error:
         p.error(error)
     except OSError as error:
         raise SystemExit(f"{p.prog}: {error.filename}: {error.strerror}; what was written before is whole, "
@@ -226,12 +230,11 @@ def settings(p, argv):
         p.error(f"--out {args.out} holds something already: choose another folder, or add --resume")
     for key, value in DEFAULTS[args.space].items():
         setattr(args, key, getattr(args, key) or value)
-    args.flops_target = args.flops_target or targets(args)
     for key in ("epochs", "flops_target"):
         values = getattr(args, key)
-        if len(values) == 1:
+        if values and len(values) == 1:
             setattr(args, key, values * 5)
-        elif len(values) < args.stages:
+        elif values and len(values) < args.stages:
             p.error(f"--{key.replace('_', '-')}: {len(values)} values for {args.stages} stages; give one for "
                     "each, or one for all")
     if args.batch_size % processes.share()[1]:
@@ -239,7 +242,7 @@ def settings(p, argv):
     if args.accumulate > args.batch_size // processes.share()[1]:
         p.error(f"--accumulate {args.accumulate} is more than the {args.batch_size // processes.share()[1]} "
                 "images that a process has of a batch")
-    if args.method == "scaling" and not all(args.flops_target):
+    if args.method == "scaling" and args.flops_target and not all(args.flops_target):
         p.error("--method scaling needs a --flops-target to scale to")
     if args.method != "cst":
         args.grow, args.distill = args.method == "naive", False

@@ -205,14 +205,14 @@ def nvml(device):
     return {} if failed else {name: (1000 * millijoules.value, 1000 << 64)}
 
 
-def meter(device):
-    """A function that says how many kWh were used since this call; None if nothing here measures them.
+def meter(device, before=0.0):
+    """A function that says how many kWh were used since this call, and `before`; None if nothing measures them.
 
     A GPU is read by NVML; CPUs by RAPL, all of the machine's, whoever uses them. RAPL's counter wraps around
     after some 260 kJ (a quarter of an hour at 280 W), so the function must be called more often than that.
     """
     read = {"cpu": rapl, "cuda": lambda: nvml(device)}.get(torch.device(device).type, dict)
-    last, total = read(), 0
+    last, total = read(), before * 3.6e12
     if not last:
         return None
 
@@ -228,7 +228,7 @@ def meter(device):
 def peak_memory(device):
     """GB that this process has held at most: of the accelerator's memory, or on a CPU of the machine's."""
     if device.type == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
     return torch.accelerator.max_memory_allocated(device) / 2 ** 30
 
 
@@ -273,14 +273,28 @@ def middle(space, in_channels, classes):
                 tuple(blocks))
 
 
-def describe_space(name, images=None):
+def targets(name, channels, pixels, classes):
+    """MACs to aim at, a stage: `TARGETS` at the pixels that they are for; else what lies where they lie, by
+    `position`, between the cheapest and the dearest network for images of so many channels, pixels, classes.
+    """
+    found, native = [], SPACES[name][0].resolution
+    for space, target in zip(SPACES[name], TARGETS[name], strict=True):
+        at = position(target, *bounds(costs(space, *IMAGES[name])))
+        low, high = bounds(costs(space._replace(resolution=pixels), channels, classes))
+        found.append(target if pixels == native else low * (high / low) ** at)
+    return found
+
+
+def describe_space(name, images=None, aims=None):
     """The text of `--space`: a row for each of A0..A4.
 
     images: (channels, pixels a side, classes); without them the ones that the tables are made for.
+    aims: MACs that a search aims at, a stage; without them `TARGETS`.
     """
     channels, pixels, classes = images or (IMAGES[name][0], SPACES[name][0].resolution, IMAGES[name][1])
     paper = name == "paper"
-    known = "Table 3" if paper else "target"
+    known = "target" if aims or not paper else "Table 3"
+    aims = (*(aims or TARGETS[name]), 0, 0, 0, 0)[:5]
     text = f"""The {name} space, {channels} x {pixels} x {pixels} pixels, {classes} classes; numbers in M
 least, most  over all networks, exact, for MACs and for parameters apart
 middle       the middle expansion and width of every range (the upper of two), and ir_k3_se_hs everywhere
@@ -288,10 +302,10 @@ at           where {known} lies between least (0%) and most (100%), on a logarit
 
                       MACs                                 parameters
    blocks networks""" + f"{'least':>8}{'middle':>8}{'most':>8}{known:>9}{'at':>5}" * 2
-    for space, target, size in zip(SPACES[name], TARGETS[name], TABLE3_PARAMS, strict=True):
+    for space, target, size in zip(SPACES[name], aims, TABLE3_PARAMS, strict=True):
         space = space._replace(resolution=pixels)
         text += f"\nA{space.stage}{len(space.blocks):>7}{f'10^{math.log10(networks(space)):.1f}':>9}"
-        for cost, count, value in (("macs", macs, target), ("params", params, size if paper else None)):
+        for cost, count, value in (("macs", macs, target), ("params", params, size if known == "Table 3" else 0)):
             low, high = bounds(costs(space, channels, classes, cost))
             for n in (low, count(middle(space, channels, classes)), high):
                 text += f"{n / 1e6:>8.4g}"

@@ -39,7 +39,7 @@ STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fonts
          "axes.spines.right": False, "legend.frameon": False}
 FILES = {"trained.json": ("trained, test images", {}),
          "summary.json": ("supernet's weights, architecture part", {"mfc": "white", "ls": "--"})}
-NAMED, NO_SETTING = ("method", "space", "data"), ("seed", "device", "checkpoint_every")
+NAMED, NO_SETTING = ("method", "space", "data"), ("seed", "device", "checkpoint_every", "workers")
 OPS = ("ir_k3", "ir_k5", "ir_k3_hs", "ir_k5_hs", "ir_k3_se", "ir_k5_se", "ir_k3_se_hs", "ir_k5_se_hs")
 # Warm is ReLU and cool is hswish, dark has squeeze-excite; in grey these are four steps. Hatched is 5x5.
 FILLS = {"": ("#F0E442", "ReLU"), "_hs": ("#56B4E9", "hswish"), "_se": ("#D55E00", "SE, ReLU"),

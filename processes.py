@@ -16,7 +16,7 @@ import files
 
 
 @contextlib.contextmanager
-def join(seconds=30):
+def join(seconds=300):
     """Join the processes that torchrun started, if it did. All compute; the first alone speaks and writes.
 
     seconds: how long one waits for another before it gives up. A death is mostly noticed at once.
@@ -97,6 +97,14 @@ def average(parameters, *values):
     for p, part in zip(sampled, parts):
         p.grad = part.view_as(p)
     return [part.view_as(v) for part, v in zip(parts[len(sampled):], values)]
+
+
+def total(tensor):
+    """The sum of a tensor over all processes."""
+    if share()[1] > 1:
+        with together():
+            dist.all_reduce(tensor)
+    return tensor
 
 
 def spread(module):

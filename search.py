@@ -58,7 +58,8 @@ def search(args, images, parts, run, out, device, caught):
     processes.log(out / "log.jsonl", run["logged"], "")  # of a run gone on with: no more than it had then
     for stage in range(run["stage"], args.stages):
         clock = time.perf_counter()
-        meter = flops.meter(device) if processes.share()[1] == 1 else None       # it sees one device only
+        alone = processes.share()[1] == 1                                        # a meter sees one device
+        meter = flops.meter(device, run["kwh"]) if alone else None
         if args.method == "scaling" and stage:
             base = Arch.from_json(processes.first((out / "A0.json").read_text))
             arch = scale(base, stage, args.flops_target[stage])
@@ -74,6 +75,7 @@ def search(args, images, parts, run, out, device, caught):
             moved = movement(old, supernet, loader.batch(parts[1][:8])[0])
             print(f"A{stage}: {describe(old, supernet)}; "
                   f"the largest network's logits moved by {moved:.1e} of their size", flush=True)
+            del old                                 # its weights, and their last gradients
         sgd, adam = optimisers(supernet, args)
         if resumed:
             if run["teacher"]:
@@ -87,7 +89,7 @@ def search(args, images, parts, run, out, device, caught):
         for row in train_surely(supernet, teacher, sgd, adam, loader, parts, args, run, caught, last):
             clock, run["seconds"] = time.perf_counter(), run["seconds"] + time.perf_counter() - clock
             if meter:
-                meter()                             # now and then, before its counter wraps around
+                run["kwh"] = meter()                # now and then, before its counter wraps around
             if row is not None:
                 text = json.dumps(row | {"seconds": run["seconds"]}) + "\n"
                 run["logged"] = processes.log(out / "log.jsonl", run["logged"], text)
@@ -108,8 +110,8 @@ def search(args, images, parts, run, out, device, caught):
 
 def blank():
     """What a run has at its beginning; the rest of it are the supernet, its teacher and the optimisers."""
-    return {"stage": 0, "step": 0, "seconds": 0.0, "means": {}, "alphas": [], "skipped": [], "logged": 0,
-            "summary": []}
+    return {"stage": 0, "step": 0, "seconds": 0.0, "kwh": 0.0, "means": {}, "alphas": [], "skipped": [],
+            "logged": 0, "summary": []}
 
 
 def keep(last, run, args, stage, supernet, sgd, adam, teacher):
@@ -121,14 +123,15 @@ def keep(last, run, args, stage, supernet, sgd, adam, teacher):
 
 
 def recall(last, args, device):
-    """What `keep` wrote. ValueError, with what is wrong, unless it is whole, and this version's and run's."""
-    run = files.unpack(processes.first(last.read_bytes), last, device)
+    """What `keep` wrote. files.Refused, with what is wrong, unless it is whole, and this version's and run's."""
+    run = files.unpack(processes.first(last.read_bytes), last)
     if run.get("version") != VERSION:
-        raise ValueError(f"{last} is of version {run.get('version')}, this is version {VERSION}: start anew")
+        raise files.Refused(f"{last} is of version {run.get('version')}, this is version {VERSION}: start anew")
     for key, value in flags.kept(args).items():
         if key not in flags.FREE and run["settings"].get(key) != value:
-            raise ValueError(f"{last} is of another run: its {key} is {run['settings'].get(key)}, "
+            raise files.Refused(f"{last} is of another run: its {key} is {run['settings'].get(key)}, "
                              f"but args.json has {value}")
+    run["means"] = {kind: (total.to(device), count) for kind, (total, count) in run["means"].items()}
     return run
 
 
@@ -150,7 +153,7 @@ def conclude(run, out, stage, arch, right, seconds, device, meter):
     says = "" if right is None else (f", and {100 * right:.1f} % of the architecture part right with the "
                                      "supernet's weights")
     print(f"A{stage}: a network of {flops.macs(arch) / 1e6:.2f} M MACs{says}", flush=True)
-    run.update(step=0, seconds=0.0, skipped=[])
+    run.update(step=0, seconds=0.0, kwh=0.0, skipped=[])
 
 
 def train_surely(supernet, teacher, sgd, adam, loader, parts, args, run, caught, last):
@@ -184,11 +187,16 @@ def train_stage(supernet, teacher, sgd, adam, loader, parts, args, run, caught):
     stage, weights, alphas = supernet.space.stage, supernet.weights(), supernet.alphas()
     table, target = space_costs(supernet), args.flops_target[stage]
     epoch_length, steps = schedule(args, stage, parts)
+
+    def pull():
+        """The term that draws the mean MACs of the sampled networks to their target, or None."""
+        return args.mu * (expected_macs(supernet, table) / target - 1).abs() if target else None
     start, share = run["step"], processes.share()  # of many processes each takes its share of every batch
     weight_batches = loader.shuffled(parts[0], args.seed, stage, WEIGHTS, start=start, share=share)
     start //= WEIGHTS_A_STEP
     alpha_batches = loader.shuffled(parts[1], args.seed, stage, ALPHAS, start=start, share=share)
     supernet.train()
+    require_grad(weights, True)
     require_grad(alphas, False)
     while run["step"] < steps:
         begin, epoch = run["step"], run["step"] // epoch_length
@@ -198,36 +206,21 @@ def train_stage(supernet, teacher, sgd, adam, loader, parts, args, run, caught):
             for step in range(begin, last):
                 tau, lam = temperature(step / steps), distill.ratio(step / steps) if teacher else 0.0
                 sgd.param_groups[0]["lr"] = learning_rate(args.lr, step, steps)
-                paths = args.seed, stage, PATHS, step
+                how = args.accumulate, tau, lam, args.seed, stage, PATHS, step
 
                 batch = next(weight_batches)
                 other = next(alpha_batches) if step % WEIGHTS_A_STEP == WEIGHTS_A_STEP - 1 else None
-                if step in run["skipped"]:
-                    batch = other = None
-
-                if batch:
-                    sgd.zero_grad()                 # to None: SGD does not touch what was not sampled
-                    found = gradients(supernet, teacher, batch, args.accumulate, tau, lam, *paths, 0)
-                    found = checked(step, weights, found)
-                    sgd.step()
+                if step not in run["skipped"]:
+                    found = weight_step(supernet, teacher, sgd, weights, batch, *how)
                     add(run["means"], "", found)
-
-                if other:
-                    require_grad(weights, False)    # no gradient of a frozen parameter is computed
-                    require_grad(alphas, True)
-                    found = gradients(supernet, teacher, other, args.accumulate, tau, lam, *paths, 1)
-                    if target:
-                        (args.mu * (expected_macs(supernet, table) / target - 1).abs()).backward()
-                    found = checked(step, alphas, found)
-                    step_sampled(adam, alphas)
-                    require_grad(alphas, False)
-                    require_grad(weights, True)
-                    add(run["means"], "alpha_", found)
+                    if other:
+                        found = alpha_step(supernet, teacher, adam, weights, alphas, pull, other, *how)
+                        add(run["means"], "alpha_", found)
 
                 run["step"] = step + 1
                 bar.update()
                 if (step + 1 - first) % 50 == 0:    # now and then: reading a number waits for the device
-                    report(bar, f"A{stage} step {step + 1}/{steps}", run["means"], tau, lam)
+                    report(bar, f"A{stage} step", step + 1, steps, run["means"], tau, lam)
                 if (step + 1) % HISTORY == 0:
                     run["alphas"].append([step + 1, supernet.probabilities()])
                 if step + 1 < last and (processes.heard(caught) or (step + 1) % args.checkpoint_every == 0):
@@ -240,27 +233,53 @@ def train_stage(supernet, teacher, sgd, adam, loader, parts, args, run, caught):
         yield row
 
 
+def weight_step(supernet, teacher, sgd, weights, batch, *how):
+    """A step of SGD for the weights, by Eq. 4 on two sampled paths: (loss, share right). how: see `gradients`."""
+    sgd.zero_grad()                                 # to None: SGD does not touch what was not sampled
+    found = checked(weights, gradients(supernet, teacher, batch, *how, 0), how[-1])
+    sgd.step()
+    return found
+
+
+def alpha_step(supernet, teacher, adam, weights, alphas, pull, batch, *how):
+    """A step of Adam for the architecture, on its own images, by Eq. 4 and the `pull` to a number of MACs."""
+    require_grad(weights, False)                    # no gradient of a frozen parameter is computed
+    require_grad(alphas, True)
+    adam.zero_grad()
+    found = gradients(supernet, teacher, batch, *how, 1)
+    if (term := pull()) is not None:
+        term.backward()
+    found = checked(alphas, found, how[-1])
+    step_sampled(adam, alphas)
+    require_grad(alphas, False)
+    require_grad(weights, True)
+    return found
+
+
 def dry_run(args, images, parts, device):
     """What the run would cost, as text: what its spaces hold, then a line a stage, of five steps measured."""
     n = processes.share()[1]
     loader = images.loader(images.statistics(parts[0]), args.batch_size, device)
     shape = {"in_channels": images.channels, "classes": images.classes}
-    lines = [flops.describe_space(args.space, (images.channels, images.resolution, images.classes)),
+    shown = images.channels, images.resolution, images.classes
+    lines = [flops.describe_space(args.space, shown, args.flops_target),
              "", "      steps  seconds a step     hours  peak GB       kWh  CO2e (lb)"]
     if isinstance(images, folder.Folder):                             # its files need workers: how many?
         loader = decode.Rehearsal(loader, parts[0], processes.share())
     teacher, total, fastest = None, [0.0, 0.0, 0.0], math.inf
     for stage in range(1 if args.method == "scaling" else args.stages):
-        steps = schedule(args, stage, parts)[1]
+        epoch_length, steps = schedule(args, stage, parts)
         space = SPACES[args.space][stage]._replace(resolution=images.resolution)
         supernet = SuperNet(space, **shape).to(device)
         sgd, adam = optimisers(supernet, args)
-        ten = {**vars(args), "epochs": [10 * args.batch_size / len(parts[0])] * 5, "checkpoint_every": 5}
-        ten = argparse.Namespace(**ten)
-        training = train_stage(supernet, teacher, sgd, adam, loader, parts, ten, blank(), [])
-        next(training)                              # five steps to warm up, and five to measure
+        ten = {**vars(args), "epochs": [10 / epoch_length] * 5, "checkpoint_every": 5}
+        ten, run = argparse.Namespace(**ten), blank()
+        training = train_stage(supernet, teacher, sgd, adam, loader, parts, ten, run, [])
+        while run["step"] < 5:                      # five steps to warm up, and five to measure
+            next(training)
         clock = time.perf_counter()
-        next(training)
+        while run["step"] < 10:
+            next(training)
         step = (time.perf_counter() - clock) / 5
         fastest = min(step, fastest)
         cost = flops.energy(step * steps, device, n)
@@ -307,7 +326,7 @@ def gradients(supernet, teacher, batch, pieces, tau, lam, *position):
     return total
 
 
-def checked(step, parameters, found):
+def checked(parameters, found, step):
     """The means over all processes of `found`, (loss, share right), and of the gradients, which become these.
 
     FloatingPointError if the loss or a gradient is not finite.
@@ -348,14 +367,16 @@ def means(totals):
             for name, value in zip(("loss", "accuracy"), total.tolist())}
 
 
-def report(bar, label, totals, tau, lam):
+def report(bar, label, step, steps, totals, tau, lam):
     """Loss, accuracy, temperature, lambda: on the bar, or without a terminal as a plain line now and then."""
     found = means(totals)
+    if not found:                                   # all of them were skipped
+        return
     text = f"loss {found['loss']:.3f} acc {100 * found['accuracy']:.1f} % tau {tau:.2f} lambda {lam:.2f}"
     if not bar.disable:
         bar.set_postfix_str(text)
-    elif totals[""][1] % 250 == 0:
-        print(f"{label}  {text}", flush=True)
+    elif step % 250 == 0:
+        print(f"{label} {step}/{steps}  {text}", flush=True)
 
 
 @processes.join()
@@ -367,6 +388,7 @@ def main(argv=None):
     if args.batch_size > len(images.labels) // 6:
         processes.first(p.error, f"--batch-size {args.batch_size} is more than the {len(images.labels) // 6} "
                                  "images of the architecture part")
+    args.flops_target = processes.first(flags.aim, p, args, images)
     parts = data.split(images.labels, args.seed)
     if args.dry_run:
         return print(dry_run(args, images, parts, device))

@@ -149,7 +149,6 @@ def step_sampled(optimizer, alphas):
     with torch.no_grad():
         for alpha, old in zip(alphas, before):
             alpha.copy_(torch.where(alpha.grad == 0, old, alpha))
-    optimizer.zero_grad()
 
 
 def require_grad(parameters, on):

@@ -48,6 +48,8 @@ BATCHES, INITIAL = range(10, 12)                # what is drawn: with seed and s
 # ours, chosen on the architecture part (--validate); an average over three epochs would only lag behind.
 DEFAULTS = {"paper": {"epochs": 180, "batch_size": 1024, "lr": 0.4, "dropout": 0.2, "ema": 0.9999},
             "small": {"epochs": 3, "batch_size": 64, "lr": 0.2, "dropout": 0.0, "ema": 0.0}}
+SETTINGS = ("epochs", "batch_size", "accumulate", "lr", "weight_decay", "smoothing", "dropout", "ema", "autocast",
+            "init", "seed")                     # what a training that is gone on with began with
 
 
 def train(network, loader, index, tester, test_index, args, name, stage, checkpoint, caught=()):
@@ -56,40 +58,47 @@ def train(network, loader, index, tester, test_index, args, name, stage, checkpo
 
     checkpoint: a file that it is saved in now and then; with args.resume, training goes on from it.
     caught: as in `search`; the step ends, is saved, and SystemExit raised. Also if the loss is not finite.
-    ValueError if the file is not a checkpoint of this training.
+    files.Refused if the file is not a checkpoint of this training.
     """
     decayed, others = [], []
     for p in network.parameters():
         (decayed if p.dim() > 1 else others).append(p)
     sgd = torch.optim.SGD([{"params": decayed, "weight_decay": args.weight_decay}, {"params": others}],
                           args.lr, momentum=0.9, nesterov=True, fused=True)
-    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
+    average = AveragedModel(network, use_buffers=True) if args.ema else None
     rows, begin, total, seconds = [], 0, torch.zeros((), device=loader.device), 0.0
     epoch_length = len(index) // args.batch_size
+    settings = {key: getattr(args, key) for key in SETTINGS} | {"network": str(getattr(network, "arch", name))}
     if args.resume and processes.first(checkpoint.exists):
         try:
-            saved = files.unpack(processes.first(checkpoint.read_bytes), checkpoint, loader.device)
+            saved = files.unpack(processes.first(checkpoint.read_bytes), checkpoint)
+            for key, value in settings.items():
+                if saved["settings"][key] != value:
+                    raise ValueError(f"its {key} is {saved['settings'][key]}, not {value}")
             network.load_state_dict(saved["network"])
-            average.load_state_dict(saved["average"])
+            if average:
+                average.load_state_dict(saved["average"])
             sgd.load_state_dict(saved["sgd"])
-            rows, begin, total, seconds = (saved[key] for key in ("rows", "step", "total", "seconds"))
+            rows, begin, seconds = (saved[key] for key in ("rows", "step", "seconds"))
+            total = saved["total"].to(loader.device)
         except (ValueError, LookupError, RuntimeError, TypeError) as error:
             why = str(error).splitlines()[0]
-            raise ValueError(f"{checkpoint} is not one of this training ({why}); delete it, and {name} is "
+            raise files.Refused(f"{checkpoint} is not one of this training ({why}); delete it, and {name} is "
                              "trained anew") from None
     rank, n = processes.share()                          # of n processes each takes its share of every batch
     start = len(rows) * epoch_length + begin
     batches = loader.shuffled(index, args.seed, stage, BATCHES, start=start, share=(rank, n))
-    result = average.module if args.ema else network
+    result = average.module if average else network
 
     def keep():
         """Write the checkpoint, unless the loss has gone bad."""
         if not math.isfinite(total + sum(row["loss"] for row in rows)):
             raise SystemExit(f"train.py: the loss of {name} is not finite in epoch {epoch}; try a lower --lr")
         if not args.validate:
-            processes.save(checkpoint, {"network": network.state_dict(), "average": average.state_dict(),
-                                        "sgd": sgd.state_dict(), "rows": rows, "step": begin, "total": total,
-                                        "seconds": seconds})
+            processes.save(checkpoint, {
+                "settings": settings, "network": network.state_dict(), "sgd": sgd.state_dict(),
+                "average": average and average.state_dict(), "rows": rows, "step": begin, "total": total,
+                "seconds": seconds})
             processes.note(name, "saved")
 
     for epoch in range(len(rows), args.epochs):
@@ -114,7 +123,9 @@ def train(network, loader, index, tester, test_index, args, name, stage, checkpo
                     loss += part.detach()
                 loss, = processes.average(network.parameters(), loss)  # and gradients, over all processes
                 sgd.step()
-                if args.ema:
+                if args.ema:                        # slower from step to step, until it is what was asked for
+                    done = epoch * epoch_length + step
+                    average.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, (1 + done) / (10 + done)))
                     average.update_parameters(network)
                 total += loss
                 bar.update()
@@ -129,8 +140,9 @@ def train(network, loader, index, tester, test_index, args, name, stage, checkpo
                               "--resume goes on", flush=True)
                         raise SystemExit(128 + stopped)
         processes.spread(network)
-        processes.spread(average)
-        right = accuracy(result, tester.ordered(test_index))
+        if average:
+            processes.spread(average)
+        right = accuracy(result, tester, test_index)
         rows.append({"epoch": epoch, "loss": float(total) / epoch_length, "accuracy": right,
                      "seconds": seconds + time.perf_counter() - clock})
         print(f"{name} epoch {epoch}  loss {rows[-1]['loss']:.3f}  accuracy {100 * right:.2f} %  "
@@ -152,19 +164,20 @@ def initial(arch, args, folder):
 def export(network, file):
     """Write `network` for use without this code: a torch.export program (.pt2), or ONNX (.onnx).
 
-    A .pt2 is loaded again, and its logits compared. ValueError if they differ.
+    A .pt2 is loaded again, and its logits compared. files.Refused if they differ.
     """
     arch, network = network.arch, network.cpu().eval()
     x = torch.randn(2, arch.in_channels, arch.resolution, arch.resolution)
     batch = {0: torch.export.Dim("batch")}
     if file.suffix == ".onnx":
         torch.onnx.export(network, (x,), file, dynamo=True, dynamic_shapes=(batch,), verbose=False)
-        return
-    torch.export.save(torch.export.export(network, (x,), dynamic_shapes=(batch,)), file)
-    with torch.no_grad():
-        moved = float((torch.export.load(file).module()(x) - network(x)).abs().max())
-    if moved > 1e-4:
-        raise ValueError(f"the logits of {file} differ by {moved:.1e} from the network's")
+    else:
+        torch.export.save(torch.export.export(network, (x,), dynamic_shapes=(batch,)), file)
+        with torch.no_grad():
+            moved = float((torch.export.load(file).module()(x) - network(x)).abs().max())
+        if moved > 1e-4:
+            raise files.Refused(f"the logits of {file} differ by {moved:.1e} from the network's")
+    print(f"exported: {file}")
 
 
 def saving(rows, name):
@@ -290,16 +303,18 @@ def check_size(p, name, arch, args, images, device):
 
 
 def read_rows(file):
-    """The rows of a trained.json. ValueError if they are not what `train_all` writes."""
+    """The rows of a trained.json, none if it is not there. files.Refused if they are not what `train_all` writes."""
+    if not file.exists():
+        return []
     try:
         rows = json.loads(file.read_text())
         kinds = {(type(row["name"]), type(row["init"]), type(row["epochs"][-1]["accuracy"])) for row in rows}
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON ({error})") from None
+        raise files.Refused(f"{file} is not JSON ({error})") from None
     except (TypeError, LookupError) as error:
-        raise ValueError(f"{file} is not what train.py writes ({error!r})") from None
+        raise files.Refused(f"{file} is not what train.py writes ({error!r})") from None
     if kinds - {(str, str, float)}:
-        raise ValueError(f"{file} is not what train.py writes: name, init or accuracy are of other types")
+        raise files.Refused(f"{file} is not what train.py writes: name, init or accuracy are of other types")
     return rows
 
 
@@ -321,7 +336,7 @@ def train_all(p, args, archs, folder, out, device, images, test, caught):
         (index, test_index), test = data.split(images.labels, args.seed), images
     stats = images.statistics(index)
     results = out / "trained.json"
-    rows = processes.first(read_rows, results) if results.exists() else []
+    rows = processes.first(read_rows, results)
     for name, searched in archs.items():
         arch = searched._replace(classes=images.classes, resolution=images.resolution)  # as the images are
         given = argparse.Namespace(**vars(args))
@@ -333,6 +348,10 @@ def train_all(p, args, archs, folder, out, device, images, test, caught):
         trained = any(mine.items() <= row.items() for row in rows)
         before = processes.first(progress, label, checkpoint, trained, args.resume)
         if before == "trained":
+            if args.export and processes.share()[0] == 0:
+                network = Network(arch)
+                network.load_state_dict(files.load(out / f"{label}.trained.pt"))
+                export(network, args.export)
             continue
         given.resume = before == "saved"
         loader, tester = (part.loader(stats, given.batch_size, device) for part in (images, test))
@@ -356,7 +375,6 @@ def train_all(p, args, archs, folder, out, device, images, test, caught):
             print(says, flush=True)
         if args.export:
             export(network, args.export)
-            print(f"exported: {args.export}")
     if processes.share()[0] == 0 and not args.validate and (out / "summary.json").exists():
         plot.curve([out], out / "curve.png")
         print(f"curve: {out / 'curve.png'}")

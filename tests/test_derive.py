@@ -294,11 +294,16 @@ def test_recalibrated_statistics_are_the_mean_over_batches_of_their_statistics()
 
 
 def test_accuracy_counts_images_and_not_batches():
-    batches = [(torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]]), torch.tensor([0, 1, 1])),
-               (torch.tensor([[0.0, 2, 1]]), torch.tensor([0]))]
+    class Loader:
+        """Logits as images, in batches of three."""
+        device = "cpu"
+        x, y = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0, 2, 1]]), torch.tensor([0, 1, 1, 0])
+
+        def ordered(self, index):
+            return [(self.x[part], self.y[part]) for part in index.split(3)]
     network = nn.Sequential(nn.Identity()).train()
-    assert derive.accuracy(network, batches) == 0.5 and not network.training       # 2 of 4
-    assert derive.accuracy(network, batches[:1]) == pytest.approx(2 / 3)
+    assert derive.accuracy(network, Loader(), torch.arange(4)) == 0.5 and not network.training
+    assert derive.accuracy(network, Loader(), torch.arange(3)) == pytest.approx(2 / 3)
 
 
 def test_compound_scaling_fits_its_budget_and_grows_all_rows_alike():

@@ -508,6 +508,18 @@ def test_network_on_the_command_line(tmp_path, capsys):
     assert int(last[3]) == sum(int(line.replace(",", "").split()[-1]) for line in lines[2:-1])
 
 
+def test_targets_lie_in_every_space_where_table_3_lies_in_the_papers():
+    for name in SPACES:
+        pixels = SPACES[name][0].resolution
+        assert flops.targets(name, 3, pixels, 100) == list(flops.TARGETS[name])
+        for shape in ((3, 16, 1000), (3, 32, 10), (1, 64, 2), (3, 299, 1000)):
+            for space, found, target in zip(SPACES[name], flops.targets(name, *shape), flops.TARGETS[name]):
+                low, high = flops.bounds(flops.costs(space._replace(resolution=shape[1]), shape[0], shape[2]))
+                first, last = flops.bounds(flops.costs(space, *flops.IMAGES[name]))
+                assert math.log(found / low) / math.log(high / low) == pytest.approx(
+                    math.log(target / first) / math.log(last / first)) and low < found < high
+
+
 @pytest.mark.parametrize("op, times", [("ir_k3", 2.0), ("ir_k3_se_hs", 2.3)])
 @pytest.mark.parametrize("space, channels, classes", STAGES[:2] + STAGES[-1:])
 def test_the_estimate_of_a_trainings_memory_is_what_backward_keeps(space, channels, classes, op, times):

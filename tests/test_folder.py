@@ -507,11 +507,3 @@ def test_flags_of_a_folder_have_the_spaces_resolution(tmp_path):
     for space, resolution in (("paper", 224), ("small", 32)):
         args = flags.parser().parse_args(["--data", str(tmp_path), "--space", space])
         assert flags.images(flags.parser(), args, "train").resolution == resolution
-
-
-def test_the_targets_of_a_folder_go_with_its_pixels(tmp_path):
-    write(tmp_path, "ab")
-    for more, first in ((["--data", str(tmp_path), "--resolution", "64"], 107e6 * (64 / 224) ** 2),
-                        (["--data", str(tmp_path)], 107e6), ([], 107e6)):
-        argv = ["--space", "paper", "--out", str(tmp_path / "run"), *more]
-        assert flags.settings(flags.parser(), argv).flops_target[0] == pytest.approx(first)

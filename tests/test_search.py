@@ -6,6 +6,7 @@ The oracle is a second run: with the same seed, with another, undisturbed beside
 import json
 import multiprocessing
 import random
+import re
 import resource
 import time
 
@@ -118,6 +119,29 @@ def test_learning_rate_warms_up_and_ends_at_zero():
     assert max(rates) <= 0.2 and rates[5:] == sorted(rates[5:], reverse=True)
 
 
+@pytest.mark.parametrize("flags, grown, taught", [
+    ([], True, True), (["--widen", "zero"], True, True), (["--no-distill"], True, False), (["--no-grow"], False, True),
+    (["--method", "direct"], False, False), (["--method", "naive"], True, False)])
+def test_the_methods_differ_in_growth_and_teacher(tmp_path, flags, grown, taught, capsys):
+    """Figs. 5 and 6. The oracles: what is printed of a growth, and the log's lambda."""
+    found = run(tmp_path / "run", *flags)
+    said = capsys.readouterr().out
+    moved = re.findall(r"A1: grown from A0: .* logits moved by (\S+) of their size", said)
+    assert len(moved) == grown
+    if grown:
+        assert (float(moved[0]) > 1e-2) == ("naive" in flags)              # the others keep what it computes
+    assert [row["lambda"] > 0 for row in found["log"]] == [taught and row["stage"] == 1 for row in found["log"]]
+
+
+def test_compound_scaling_searches_a0_alone(tmp_path):
+    out = tmp_path / "run"
+    search.main([*SHORT, "--stages", "2", "--method", "scaling", "--out", str(out)])
+    first, second = json.loads((out / "summary.json").read_text())
+    assert second["accuracy"] is None and not (out / "A1.pt").exists()
+    assert first["flops"] < second["flops"] <= 1.65e6                      # the small space's target for A1
+    assert {json.loads(line)["stage"] for line in (out / "log.jsonl").read_text().splitlines()} == {0}
+
+
 def test_pieces_of_a_batch_give_the_gradient_of_the_whole(monkeypatch):
     for module in (search_ops, supernet_module):                   # batch norm alone ties the images together
         monkeypatch.setattr(module, "norm", lambda x, layer: x)
@@ -132,8 +156,11 @@ def test_pieces_of_a_batch_give_the_gradient_of_the_whole(monkeypatch):
             torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("times", [1, 6])
-def test_bad_numbers_never_reach_a_weight(tmp_path, times, monkeypatch, capsys):
+@pytest.mark.parametrize("first, times, step, more", [
+    (9, 1, 7, 2),                   # the bad one, 5 and 6 once more, 7 never
+    (12, 1, 9, 4),                  # the bad one, an alpha step; 5 to 8 once more, neither step of 9
+    (9, 6, 7, 0)])
+def test_bad_numbers_never_reach_a_weight(tmp_path, first, times, step, more, monkeypatch, capsys):
     two_paths, calls = search.two_paths, []
 
     def sometimes(net, *args):
@@ -141,17 +168,19 @@ def test_bad_numbers_never_reach_a_weight(tmp_path, times, monkeypatch, capsys):
         assert all(torch.isfinite(p).all() for p in net.parameters())
         if net.space.stage == 1:
             calls.append(1)
-            if 9 <= len(calls) < 9 + times:                        # in the steps 7, 7, 8, ..
+            if first <= len(calls) < first + times:
                 return loss * float("nan"), right
         return loss, right
     monkeypatch.setattr(search, "two_paths", sometimes)
     if times == 1:
         found = run(tmp_path / "run")
         said = capsys.readouterr().out
-        assert "A1: loss or gradients of step 7 are not finite; back to step 5, that batch is skipped" in said
+        assert f"A1: loss or gradients of step {step} are not finite; back to step 5, that batch is sk" in said
         assert all(torch.isfinite(w).all() for key in ("weights 0", "weights 1") for w in found[key].values())
         steps = found["log"][-1]["steps"]
-        assert len(calls) == steps + steps // 5 + 1 + 2 - 1        # the bad one, two once more, step 7 never
+        assert len(calls) == steps + steps // 5 + more
+        alphas = [found["weights 1"][name] for name in found["weights 1"] if ".alphas." in name]
+        assert all(a.count_nonzero() > 0 for a in alphas)          # later steps moved them
         return
     monkeypatch.setattr(search, "MOST_SKIPPED", 2)
     with pytest.raises(SystemExit, match="not finite in 3 steps .* gives up"):
@@ -164,9 +193,9 @@ def test_an_undefined_gradient_is_noticed_too():
     p = torch.nn.Parameter(torch.ones(3))
     p.grad = torch.tensor([1.0, float("inf"), 0.0])
     with pytest.raises(FloatingPointError):
-        search.checked(4, [p], torch.tensor([1.0, 0.5]))
+        search.checked([p], torch.tensor([1.0, 0.5]), 4)
     p.grad = torch.ones(3)
-    assert [float(v) for v in search.checked(4, [p], torch.tensor([1.0, 0.5]))] == [1.0, 0.5]
+    assert [float(v) for v in search.checked([p], torch.tensor([1.0, 0.5]), 4)] == [1.0, 0.5]
 
 
 def test_a_full_disk_ends_in_one_line_and_the_run_goes_on(undisturbed, tmp_path, capsys):
