@@ -87,7 +87,8 @@ def data_flags(g):
     g.add_argument("--resolution", type=number(int, 8), metavar="R",
                    help="of a folder: pixels a side (224; 32)")
     g.add_argument("--workers", type=number(int, 0), metavar="N",
-                   help="of a folder: processes that decode images, 0 for none (as many as cores, up to 8)")
+                   help="of a folder: processes that decode images, in a search for each of its two parts; 0 for "
+                   "none (as many as cores, up to 8)")
     g.add_argument("--skip-broken", action="store_true", default=None,
                    help="of a folder: leave out images that cannot be read. All are tried before the start, "
                    "once a run, and a broken one ends it without this flag")
@@ -126,8 +127,8 @@ def aim(p, args, images):
         space = space._replace(resolution=images.resolution)
         low, high = flops.bounds(flops.costs(space, images.channels, images.classes))
         if target and not low <= target <= high:
-            p.error(f"--flops-target {target:,.0f} is out of reach: the networks of A{space.stage} have {low:,.0f} "
-                    f"to {high:,.0f} MACs for these images")
+            p.error(f"--flops-target {target:,.0f} is out of reach: the networks of A{space.stage} have "
+                    f"{low:,.0f} to {high:,.0f} MACs for these images")
     return found
 
 
