@@ -3,7 +3,7 @@
     python search.py --stages 5
     torchrun --nproc_per_node 8 search.py --stages 5      # a process a GPU, each on its share of every batch
 
-`search` is Figure 2 as a loop, `train_stage` is one of its boxes, `two_paths` is what both updates share.
+`search` is Figure 2 as a loop, `train_stage` is one of its boxes; step.py has one step of it.
 """
 import argparse
 import contextlib
@@ -34,7 +34,8 @@ import processes
 from derive import Network, derive, expected_macs, measure, scale, space_costs
 from grow import describe, grow, movement
 from space import SPACES, Arch
-from supernet import SuperNet, require_grad, step_sampled, temperature
+from step import alpha_step, weight_step
+from supernet import SuperNet, require_grad, temperature
 
 WEIGHTS_A_STEP = 5              # the parts are 5/6 and 1/6: five weight steps, then one of the architecture
 HISTORY = 200                   # steps between the architecture probabilities that the log keeps
@@ -206,7 +207,7 @@ def train_stage(supernet, teacher, sgd, adam, loader, parts, args, run, caught):
             for step in range(begin, last):
                 tau, lam = temperature(step / steps), distill.ratio(step / steps) if teacher else 0.0
                 sgd.param_groups[0]["lr"] = learning_rate(args.lr, step, steps)
-                how = args.accumulate, tau, lam, args.seed, stage, PATHS, step
+                how = args.accumulate, tau, lam, (args.seed, stage, PATHS, step)
 
                 batch = next(weight_batches)
                 other = next(alpha_batches) if step % WEIGHTS_A_STEP == WEIGHTS_A_STEP - 1 else None
@@ -231,29 +232,6 @@ def train_stage(supernet, teacher, sgd, adam, loader, parts, args, run, caught):
         run["means"].clear()
         run["alphas"].clear()
         yield row
-
-
-def weight_step(supernet, teacher, sgd, weights, batch, *how):
-    """A step of SGD for the weights, by Eq. 4 on two sampled paths: (loss, share right). how: see `gradients`."""
-    sgd.zero_grad()                                 # to None: SGD does not touch what was not sampled
-    found = checked(weights, gradients(supernet, teacher, batch, *how, 0), how[-1])
-    sgd.step()
-    return found
-
-
-def alpha_step(supernet, teacher, adam, weights, alphas, pull, batch, *how):
-    """A step of Adam for the architecture, on its own images, by Eq. 4 and the `pull` to a number of MACs."""
-    require_grad(weights, False)                    # no gradient of a frozen parameter is computed
-    require_grad(alphas, True)
-    adam.zero_grad()
-    found = gradients(supernet, teacher, batch, *how, 1)
-    if (term := pull()) is not None:
-        term.backward()
-    found = checked(alphas, found, how[-1])
-    step_sampled(adam, alphas)
-    require_grad(alphas, False)
-    require_grad(weights, True)
-    return found
 
 
 def dry_run(args, images, parts, device):
@@ -308,46 +286,6 @@ def schedule(args, stage, parts):
     """(weight steps an epoch, weight steps of the stage)."""
     epoch_length = len(parts[0]) // args.batch_size
     return epoch_length, max(1, round(args.epochs[stage] * epoch_length))
-
-
-def gradients(supernet, teacher, batch, pieces, tau, lam, *position):
-    """Add the gradients of the mean loss of a batch, (x, y), to the parameters' .grad, in so many pieces.
-
-    All pieces go the same two paths, which `position` seeds. Returns what `two_paths` does, for the whole
-    batch: (2,).
-    """
-    (x, y), total = batch, 0
-    for part_x, part_y in zip(x.chunk(pieces), y.chunk(pieces)):
-        generator = data.generator(*position)
-        loss, right = two_paths(supernet, teacher, part_x, part_y, tau, lam, generator)
-        share = len(part_y) / len(y)
-        (share * loss).backward()
-        total = total + share * torch.stack((loss.detach(), right))
-    return total
-
-
-def checked(parameters, found, step):
-    """The means over all processes of `found`, (loss, share right), and of the gradients, which become these.
-
-    FloatingPointError if the loss or a gradient is not finite.
-    """
-    found, = processes.average(parameters, found)
-    bad, unscaled = found.new_zeros(()), found.new_ones(())
-    torch._amp_foreach_non_finite_check_and_unscale_(  # GradScaler's own: one pass over all of them
-        [found, *(p.grad for p in parameters if p.grad is not None)], bad, unscaled)
-    if bad.item():  # the one number that is read from the device in every step
-        raise FloatingPointError(step)
-    return found
-
-
-def two_paths(supernet, teacher, x, y, tau, lam, generator):
-    """Eq. 4 for two sampled paths, on x (B, C, H, W) and y (B,): (loss, share of x named right)."""
-    soft = None
-    if teacher is not None:
-        with torch.no_grad():
-            soft = teacher(x)                                                   # (B, classes)
-    logits = supernet(x, supernet.sample(tau, generator))                       # (B, classes)
-    return distill.loss(logits, soft, y, lam), (logits.detach().argmax(1) == y).float().mean()
 
 
 def learning_rate(peak, step, steps, warmup=0.05):

@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import flags
 import search
+import step
 from derive import Network, arch, derive, inherit
 from grow import grow
 from space import SPACES, round8
@@ -90,7 +91,7 @@ class Steps:
         self.adam = torch.optim.Adam(self.net.alphas(), 0.01)
 
     def two_paths(self, teacher=None):
-        return search.two_paths(self.net, teacher, self.x, self.y, 1.0, 0.5, self.g)[0]
+        return step.two_paths(self.net, teacher, self.x, self.y, 1.0, 0.5, self.g)[0]
 
     def every_path(self):
         return F.cross_entropy(all_paths(self.net, self.x), self.y)
@@ -213,7 +214,7 @@ def outside(loader, parts):
     sgd, adam = search.optimisers(net, args)
     net.sample = watched(net.sample, -1)  # gradients() draws the paths as well
     sgd.step, sgd.zero_grad = watched(sgd.step), watched(sgd.zero_grad)
-    places = [(search, name) for name in ("gradients", "expected_macs", "step_sampled")]
+    places = [(step, "gradients"), (step, "step_sampled"), (search, "expected_macs")]
     calls = [getattr(*place) for place in places]
     for place, call in zip(places, calls):
         setattr(*place, watched(call))

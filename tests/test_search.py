@@ -16,6 +16,7 @@ import torch
 import data
 import ops as search_ops
 import search
+import step as step_module
 import supernet as supernet_module
 
 SHORT = ["--data", "fake", "--epochs", "0.4", "--batch-size", "32", "--checkpoint-every", "5", "--device", "cpu"]
@@ -107,7 +108,7 @@ def test_the_teacher_learns_nothing_and_the_student_does():
     net = search.SuperNet(search.SPACES["small"][0], 1, 10, g)
     teacher = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
     x, y = torch.rand(8, 1, 28, 28, generator=g), torch.arange(8)
-    loss, right = search.two_paths(net, teacher, x, y, 1.0, 0.5, g)
+    loss, right = step_module.two_paths(net, teacher, x, y, 1.0, 0.5, g)
     loss.backward()
     assert all(p.grad is None for p in teacher.parameters())
     assert net.classifier.weight.grad.abs().sum() > 0 and 0 <= float(right) <= 1
@@ -149,7 +150,7 @@ def test_pieces_of_a_batch_give_the_gradient_of_the_whole(monkeypatch):
     found = []
     for pieces in (1, 3, 5):
         net = search.SuperNet(search.SPACES["small"][0], 1, 10, data.generator(0))
-        means = search.gradients(net, None, (x, y), pieces, 1.0, 0.0, 2)
+        means = step_module.gradients(net, None, (x, y), pieces, 1.0, 0.0, (2,))
         found.append([means, *(p.grad for p in net.parameters() if p.grad is not None)])
     for other in found[1:]:
         for one, two in zip(found[0], other, strict=True):
@@ -161,7 +162,7 @@ def test_pieces_of_a_batch_give_the_gradient_of_the_whole(monkeypatch):
     (12, 1, 9, 4),                  # the bad one, an alpha step; 5 to 8 once more, neither step of 9
     (9, 6, 7, 0)])
 def test_bad_numbers_never_reach_a_weight(tmp_path, first, times, step, more, monkeypatch, capsys):
-    two_paths, calls = search.two_paths, []
+    two_paths, calls = step_module.two_paths, []
 
     def sometimes(net, *args):
         loss, right = two_paths(net, *args)
@@ -171,7 +172,7 @@ def test_bad_numbers_never_reach_a_weight(tmp_path, first, times, step, more, mo
             if first <= len(calls) < first + times:
                 return loss * float("nan"), right
         return loss, right
-    monkeypatch.setattr(search, "two_paths", sometimes)
+    monkeypatch.setattr(step_module, "two_paths", sometimes)
     if times == 1:
         found = run(tmp_path / "run")
         said = capsys.readouterr().out
@@ -193,9 +194,9 @@ def test_an_undefined_gradient_is_noticed_too():
     p = torch.nn.Parameter(torch.ones(3))
     p.grad = torch.tensor([1.0, float("inf"), 0.0])
     with pytest.raises(FloatingPointError):
-        search.checked([p], torch.tensor([1.0, 0.5]), 4)
+        step_module.checked([p], torch.tensor([1.0, 0.5]), 4)
     p.grad = torch.ones(3)
-    assert [float(v) for v in search.checked([p], torch.tensor([1.0, 0.5]), 4)] == [1.0, 0.5]
+    assert [float(v) for v in step_module.checked([p], torch.tensor([1.0, 0.5]), 4)] == [1.0, 0.5]
 
 
 def test_a_full_disk_ends_in_one_line_and_the_run_goes_on(undisturbed, tmp_path, capsys):

@@ -24,8 +24,8 @@ from oracles import (
 )
 from torch.testing import assert_close
 
-from search import two_paths
 from space import SPACES, Block, Space
+from step import two_paths
 from supernet import CHOICES, Draw, SuperNet, require_grad, step_sampled, temperature
 
 
