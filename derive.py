@@ -195,18 +195,25 @@ def measure(arch, supernet, loader, parts, *position):
 
 
 def open_supernet(folder, stage):
-    """The supernet of a run's stage, on the CPU, from A<stage>.json and A<stage>.pt in the run's folder."""
-    found = Arch.from_json((folder / f"A{stage}.json").read_text())
+    """The supernet of a run's stage, on the CPU, from A<stage>.json and A<stage>.pt in the run's folder.
+
+    files.Refused if these are not what a search writes.
+    """
+    network, weights = folder / f"A{stage}.json", folder / f"A{stage}.pt"
+    try:
+        found = Arch.from_json(network.read_text())
+    except ValueError as error:
+        raise files.Refused(f"{network}: {error}") from None
     if found.space not in SPACES or found.stage != stage:
-        raise files.Refused(f"{folder / f'A{stage}.json'}: no network of A{stage} of {' or '.join(SPACES)}")
+        raise files.Refused(f"{network}: no network of A{stage} of {' or '.join(SPACES)}")
     space = SPACES[found.space][stage]._replace(resolution=found.resolution)
-    with torch.device("meta"):  # takes no memory for what the file does not hold
+    with torch.device("meta"):                      # takes no memory for what the file does not hold
         supernet = SuperNet(space, found.in_channels, found.classes)
     try:
-        supernet.load_state_dict(files.load(folder / f"A{stage}.pt"), assign=True)
+        supernet.load_state_dict(files.load(weights), assign=True)
     except RuntimeError as error:
-        raise files.Refused(f"{folder / f'A{stage}.pt'} is not the supernet of A{stage}.json "
-                         f"({' '.join(str(error).split()[:12])} ..)") from None
+        why = " ".join(str(error).split()[:12])
+        raise files.Refused(f"{weights} is not the supernet of {network.name} ({why} ..)") from None
     return supernet
 
 

@@ -36,12 +36,14 @@ def test_at_width_1_only_the_stem_the_strides_and_the_head_are_not_torchvisions(
 
 
 def test_they_become_stars_of_the_curve(tmp_path, capsys):
-    reference.main([str(tmp_path), "--targets", "0.5M", "--data", "fake", "--epochs", "1", "--device", "cpu"])
+    reference.main([str(tmp_path), "--targets", "0.5M", "--data", "fake", "--epochs", "1", "--batch-size", "400",
+                    "--device", "cpu"])
     rows = json.loads((tmp_path / "trained.json").read_text())
     assert [row["name"].split()[0] for row in rows] == sorted(reference.BUILDERS)
     lines, others = plot.curves([tmp_path])
     assert not lines and list(others) == [row["name"] for row in rows]
     assert not list(tmp_path.glob("*.pt"))
     capsys.readouterr()
-    reference.main([str(tmp_path), "--targets", "0.5M", "--data", "fake", "--epochs", "1", "--resume"])
+    reference.main([str(tmp_path), "--targets", "0.5M", "--data", "fake", "--epochs", "1", "--batch-size", "400",
+                    "--resume"])
     assert not capsys.readouterr().out and json.loads((tmp_path / "trained.json").read_text()) == rows

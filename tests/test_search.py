@@ -125,7 +125,7 @@ def test_learning_rate_warms_up_and_ends_at_zero():
     (["--method", "direct"], False, False), (["--method", "naive"], True, False)])
 def test_the_methods_differ_in_growth_and_teacher(tmp_path, flags, grown, taught, capsys):
     """Figs. 5 and 6. The oracles: what is printed of a growth, and the log's lambda."""
-    found = run(tmp_path / "run", *flags)
+    found = run(tmp_path / "run", *flags, "--epochs", "0.1")
     said = capsys.readouterr().out
     moved = re.findall(r"A1: grown from A0: .* logits moved by (\S+) of their size", said)
     assert len(moved) == grown
@@ -136,7 +136,7 @@ def test_the_methods_differ_in_growth_and_teacher(tmp_path, flags, grown, taught
 
 def test_compound_scaling_searches_a0_alone(tmp_path):
     out = tmp_path / "run"
-    search.main([*SHORT, "--stages", "2", "--method", "scaling", "--out", str(out)])
+    search.main([*SHORT, "--stages", "2", "--method", "scaling", "--epochs", "0.1", "--out", str(out)])
     first, second = json.loads((out / "summary.json").read_text())
     assert second["accuracy"] is None and not (out / "A1.pt").exists()
     assert first["flops"] < second["flops"] <= 1.65e6                      # the small space's target for A1

@@ -75,12 +75,11 @@ def test_pieces_of_a_batch_train_as_the_whole(searched, tmp_path, monkeypatch):
     for module in (derive, ops):
         monkeypatch.setattr(module, "norm", lambda x, layer: x)
     argv = [str(searched / "A0.json"), "--data", "fake", "--epochs", "1", "--lr", "0.01", "--device", "cpu"]
-    for pieces in ("1", "3", "64"):
+    for pieces in ("1", "3"):
         train.main([*argv, "--accumulate", pieces, "--out", str(tmp_path / pieces)])
-    whole, *others = (files.load(tmp_path / pieces / "A0.trained.pt") for pieces in ("1", "3", "64"))
-    for other in others:
-        for name, tensor in whole.items():
-            torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-5)
+    whole, other = (files.load(tmp_path / pieces / "A0.trained.pt") for pieces in ("1", "3"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-5)
 
 
 def test_inherited_weights_are_the_supernets(searched):
