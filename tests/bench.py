@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import flags
+import flops
 import search
 import step
 from derive import Network, arch, derive, inherit
@@ -210,6 +211,7 @@ def outside(loader, parts):
             return found
         return run
     args = flags.settings(flags.parser(), ["--epochs", "0.15", "--out", "unused"])
+    args.flops_target = flops.TARGETS["small"]
     net = SuperNet(SPACES["small"][0]._replace(resolution=28), 1, 10)
     sgd, adam = search.optimisers(net, args)
     net.sample = watched(net.sample, -1)  # gradients() draws the paths as well
