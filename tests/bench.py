@@ -183,7 +183,7 @@ def overheads(name, space, paths, repeats, batch, size, channels):
             (f"a step with distillation over without, {name}", statistics.median(taught), "<= 1.25", n)]
 
 
-def loading(repeats):
+def loading(repeats, epochs):
     """Batches/s of data.py over the steps/s of the fastest supernet; its share of time outside the real work.
     """
     images = data.load("fashion", "train")
@@ -193,14 +193,14 @@ def loading(repeats):
     times = timed({"batch": lambda: next(batches), "step": lambda: steps.update_two()},
                   10 * repeats)
     few = max(1, repeats // 3)
-    shares = [outside(loader, parts) for _ in range(few)]
+    shares = [outside(loader, parts, epochs) for _ in range(few)]
     ratio = times["step"] / times["batch"]
     return [("batches/s of data.py over steps/s of A0", ratio, ">= 20", 10 * repeats),
             ("share outside forward, backward, optimiser, A0", statistics.median(shares), "<= 0.05", few)]
 
 
-def outside(loader, parts):
-    """The share of 0.15 epochs that is neither forward (with the losses), backward nor optimiser."""
+def outside(loader, parts, epochs):
+    """The share of so many epochs that is neither forward (with the losses), backward nor optimiser."""
     seconds = []
 
     def watched(call, sign=1):
@@ -210,7 +210,7 @@ def outside(loader, parts):
             seconds.append(sign * (time.perf_counter() - clock))
             return found
         return run
-    args = flags.settings(flags.parser(), ["--epochs", "0.15", "--out", "unused"])
+    args = flags.settings(flags.parser(), ["--epochs", str(epochs), "--out", "unused"])
     args.flops_target = flops.TARGETS["small"]
     net = SuperNet(SPACES["small"][0]._replace(resolution=28), 1, 10)
     sgd, adam = search.optimisers(net, args)
@@ -312,13 +312,13 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.full_size:
         return print(full_size(8))
-    repeats, size, paths, batch = (2, 48, 1, 4) if args.quick else (9, 96, 5, 16)
+    repeats, few, many, size, paths, batch = (2, 1, 3, 48, 1, 4) if args.quick else (9, 9, 54, 96, 5, 16)
     torch.manual_seed(0)
-    rows = [*two_paths_against_all(0, repeats, 4, size), *two_paths_against_all(4, repeats, 4, size),
+    rows = [*two_paths_against_all(0, repeats, 4, size), *two_paths_against_all(4, few, 4, size),
             *overheads("small A4", SPACES["small"][4], paths, repeats, 32, 28, 1),
             *overheads("paper's A4", SPACES["paper"][4], paths, repeats, batch, size, 3),
-            *loading(repeats), *growth(max(1, repeats // 3)),
-            *linearity(4 if args.quick else 54, size)]
+            *loading(repeats, 0.06 if args.quick else 0.15), *growth(max(1, repeats // 3)),
+            *linearity(many, size)]
     machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
                "torch": torch.__version__, "quick": args.quick}
     print(f"{'measured':<58}{'found':>9}  must reach     n")
