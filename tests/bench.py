@@ -201,13 +201,17 @@ def loading(repeats, epochs):
 
 def outside(loader, parts, epochs):
     """The share of so many epochs that is neither forward (with the losses), backward nor optimiser."""
-    seconds = []
+    seconds, within = [], []
 
     def watched(call, sign=1):
+        """`call`, timed: with sign -1 it is taken off what it is called in, else only the outermost counts."""
         def run(*args, **kwargs):
             clock = time.perf_counter()
+            within.append(call)
             found = call(*args, **kwargs)
-            seconds.append(sign * (time.perf_counter() - clock))
+            within.pop()
+            if sign < 0 or not within:
+                seconds.append(sign * (time.perf_counter() - clock))
             return found
         return run
     args = flags.settings(flags.parser(), ["--epochs", str(epochs), "--out", "unused"])
@@ -216,7 +220,7 @@ def outside(loader, parts, epochs):
     sgd, adam = search.optimisers(net, args)
     net.sample = watched(net.sample, -1)  # gradients() draws the paths as well
     sgd.step, sgd.zero_grad = watched(sgd.step), watched(sgd.zero_grad)
-    places = [(step, "gradients"), (step, "step_sampled"), (search, "expected_macs")]
+    places = [(step, "gradients"), (step, "step_sampled"), (search, "expected_macs"), (torch.Tensor, "backward")]
     calls = [getattr(*place) for place in places]
     for place, call in zip(places, calls):
         setattr(*place, watched(call))
