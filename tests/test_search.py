@@ -86,7 +86,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(undisturbed, tmp_path, loo
 
 
 def test_macs_rise_from_stage_to_stage_and_files_are_there(tmp_path):
-    search.main([*SHORT[:3], "0.2", "--device", "cpu", "--out", str(tmp_path / "run")])
+    search.main([*SHORT[:3], "0.05", "--device", "cpu", "--out", str(tmp_path / "run")])
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     macs = [row["flops"] for row in summary]
     assert len(macs) == 5 and macs == sorted(set(macs))
@@ -99,7 +99,7 @@ def test_macs_rise_from_stage_to_stage_and_files_are_there(tmp_path):
 def test_the_search_never_sees_the_test_images(tmp_path, monkeypatch):
     load, asked = data.load, []
     monkeypatch.setattr(data, "load", lambda name, part: (asked.append(part), load(name, part))[1])
-    run(tmp_path / "run")
+    run(tmp_path / "run", "--epochs", "0.1")
     assert asked == ["train"]
 
 

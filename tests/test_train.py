@@ -41,7 +41,8 @@ def trained(out):
 
 def test_a_run_is_trained_and_the_same_seed_repeats_it(searched, tmp_path):
     for name in ("a", "b"):
-        train.main([str(searched), *FAST, "--out", str(tmp_path / name), "--dropout", "0.2", "--ema", "0.9"])
+        train.main([str(searched), *FAST, "--epochs", "1", "--dropout", "0.2", "--ema", "0.9",
+                    "--out", str(tmp_path / name)])
     assert trained(tmp_path / "a") == trained(tmp_path / "b")
     assert [row["name"] for row in trained(tmp_path / "a")] == ["A0", "A1"]
     for stage in (0, 1):
@@ -74,7 +75,8 @@ def test_pieces_of_a_batch_train_as_the_whole(searched, tmp_path, monkeypatch):
     """Without batch norm, which alone ties the images of a batch together."""
     for module in (derive, ops):
         monkeypatch.setattr(module, "norm", lambda x, layer: x)
-    argv = [str(searched / "A0.json"), "--data", "fake", "--epochs", "1", "--lr", "0.01", "--device", "cpu"]
+    argv = [str(searched / "A0.json"), "--data", "fake", "--epochs", "1", "--lr", "0.01", "--device", "cpu",
+            "--batch-size", "240"]
     for pieces in ("1", "3"):
         train.main([*argv, "--accumulate", pieces, "--out", str(tmp_path / pieces)])
     whole, other = (files.load(tmp_path / pieces / "A0.trained.pt") for pieces in ("1", "3"))
