@@ -18,9 +18,6 @@ import time
 # slower beside one busy neighbour; sleeping at once makes it twice as slow on a quiet machine. Read as torch
 # is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-# How many kernels oneDNN keeps. Each width and kernel size has its own, in A4 more than the usual 1,024: they
-# were made again and again, which took a third of a step.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
 
 import torch
 from tqdm import tqdm

@@ -17,8 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")                # both as in search.py
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")                # as in search.py
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
