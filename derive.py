@@ -97,7 +97,8 @@ def log_probabilities(supernet):
     Differentiable in alpha. A choice with one option has log-probability 0.
     """
     alphas, single = supernet.alphas(), torch.zeros(1, dtype=torch.float64)
-    logits = iter(torch.cat(alphas).cpu().double().split([len(a) for a in alphas]))    # the device is read once
+    every = torch.cat(alphas).cpu().double()                                 # the device is read once
+    logits = iter(every.split([len(a) for a in alphas]))
     found = [{name: F.log_softmax(next(logits), 0) for name in block.alphas} for block in supernet.blocks]
     return [tuple(block.get(name, single) for name in CHOICES) for block in found]
 
@@ -305,9 +306,9 @@ def main(argv=None):
 
 
 def measured_costs(supernets, file):
-    """The `flops.Costs` of each supernet's space in nanoseconds, by `latency.tables`, kept in `file`. Prints
-    how
-    well they tell the times of random networks.
+    """The `flops.Costs` of each supernet's space in nanoseconds, by `latency.tables`, kept in `file`.
+
+    Prints how well they tell the times of random networks.
     """
     def network(which, options):
         return Network(arch(supernets[which], options))

@@ -109,6 +109,6 @@ def lock(folder):
 
 
 def unlock():
-    """Let go, in a process that was forked from the one that holds a folder, so that it does not outlive it."""
+    """Let go, in a process that was forked from the one that holds a folder, not to outlive it."""
     while held:
         os.close(held.pop())

@@ -56,9 +56,6 @@ def parser(description=__doc__):
                    help="of each stage, or one number for all; fractions will do (100 60 60 60 60; 1 0.6 "
                    "0.6 0.6 0.6)")
     g.add_argument("--batch-size", type=number(int, 1), metavar="B", help="images a step (1024; 32)")
-    g.add_argument("--accumulate", type=number(int, 1), default=1, metavar="N",
-                   help="compute a batch in N pieces, for less memory: the same gradient, but for batch "
-                   "norm, which sees a piece at a time (1)")
     g.add_argument("--lr", type=number(float, 1e-9), help="peak learning rate of the weights' SGD (0.4; 0.1)")
     g.add_argument("--weight-decay", type=number(float, 0), default=1e-4, help="of the weights (1e-4)")
     g.add_argument("--alpha-lr", type=number(float, 1e-9),
@@ -69,11 +66,19 @@ def parser(description=__doc__):
     g.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings")
     g.add_argument("--dry-run", action="store_true",
                    help="measure a few steps, print what the run would cost, and stop")
+    run_flags(g)
+    return p
+
+
+def run_flags(g):
+    """Add the flags that search.py and train.py share beside those of the data to an argparse group."""
+    g.add_argument("--accumulate", type=number(int, 1), default=1, metavar="N",
+                   help="compute a batch in N pieces, for less memory: the same gradient, but for batch "
+                   "norm, which sees a piece at a time (1)")
     g.add_argument("--checkpoint-every", type=number(int, 1), default=500, metavar="N",
                    help="steps between checkpoints within an epoch; a kill loses no more than these (500)")
     g.add_argument("--seed", type=number(int, 0), default=0, help="the same seed gives the same run (0)")
     g.add_argument("--device", default="auto", help="cpu, cuda, .. (auto: an accelerator if there is one)")
-    return p
 
 
 def data_flags(g):
@@ -87,8 +92,8 @@ def data_flags(g):
     g.add_argument("--resolution", type=number(int, 8), metavar="R",
                    help="of a folder: pixels a side (224; 32)")
     g.add_argument("--workers", type=number(int, 0), metavar="N",
-                   help="of a folder: processes that decode images, in a search for each of its two parts; 0 for "
-                   "none (as many as cores, up to 8)")
+                   help="of a folder: processes that decode images, in a search for each of its two parts; "
+                   "0 for none (as many as cores, up to 8)")
     g.add_argument("--skip-broken", action="store_true", default=None,
                    help="of a folder: leave out images that cannot be read. All are tried before the start, "
                    "once a run, and a broken one ends it without this flag")
@@ -205,6 +210,18 @@ def begun(saved):
     return argv, args
 
 
+def pieces(p, args):
+    """The most images of a batch that a process computes at once. A batch that does not split: p.error."""
+    n = processes.share()[1]
+    if args.batch_size % n:
+        p.error(f"--batch-size {args.batch_size} does not divide by the {n} processes")
+    mine = args.batch_size // n
+    if args.accumulate > mine:
+        p.error(f"--accumulate {args.accumulate} is more than the {mine} images that a process has of a "
+                "batch")
+    return math.ceil(mine / args.accumulate)
+
+
 def settings(p, argv):
     """The checked arguments. A mistake ends in one line and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
@@ -238,11 +255,7 @@ def settings(p, argv):
         elif values and len(values) < args.stages:
             p.error(f"--{key.replace('_', '-')}: {len(values)} values for {args.stages} stages; give one for "
                     "each, or one for all")
-    if args.batch_size % processes.share()[1]:
-        p.error(f"--batch-size {args.batch_size} does not divide by the {processes.share()[1]} processes")
-    if args.accumulate > args.batch_size // processes.share()[1]:
-        p.error(f"--accumulate {args.accumulate} is more than the {args.batch_size // processes.share()[1]} "
-                "images that a process has of a batch")
+    pieces(p, args)
     if args.method == "scaling" and args.flops_target and not all(args.flops_target):
         p.error("--method scaling needs a --flops-target to scale to")
     if args.method != "cst":

@@ -206,7 +206,7 @@ def nvml(device):
 
 
 def meter(device, before=0.0):
-    """A function that says how many kWh were used since this call, and `before`; None if nothing measures them.
+    """A function that says how many kWh were used since this call, and `before`; None if nothing measures.
 
     A GPU is read by NVML; CPUs by RAPL, all of the machine's, whoever uses them. RAPL's counter wraps around
     after some 260 kJ (a quarter of an hour at 280 W), so the function must be called more often than that.
@@ -228,7 +228,8 @@ def meter(device, before=0.0):
 def peak_memory(device):
     """GB that this process has held at most: of the accelerator's memory, or on a CPU of the machine's."""
     if device.type == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
+        unit = 2 ** (30 if sys.platform == "darwin" else 20)            # macOS counts bytes, Linux kB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     return torch.accelerator.max_memory_allocated(device) / 2 ** 30
 
 
@@ -277,11 +278,13 @@ def targets(name, channels, pixels, classes):
     """MACs to aim at, a stage: `TARGETS` at the pixels that they are for; else what lies where they lie, by
     `position`, between the cheapest and the dearest network for images of so many channels, pixels, classes.
     """
-    found, native = [], SPACES[name][0].resolution
+    if pixels == SPACES[name][0].resolution:
+        return list(TARGETS[name])
+    found = []
     for space, target in zip(SPACES[name], TARGETS[name], strict=True):
         at = position(target, *bounds(costs(space, *IMAGES[name])))
         low, high = bounds(costs(space._replace(resolution=pixels), channels, classes))
-        found.append(target if pixels == native else low * (high / low) ** at)
+        found.append(low * (high / low) ** at)
     return found
 
 
@@ -305,7 +308,8 @@ at           where {known} lies between least (0%) and most (100%), on a logarit
     for space, target, size in zip(SPACES[name], aims, TABLE3_PARAMS, strict=True):
         space = space._replace(resolution=pixels)
         text += f"\nA{space.stage}{len(space.blocks):>7}{f'10^{math.log10(networks(space)):.1f}':>9}"
-        for cost, count, value in (("macs", macs, target), ("params", params, size if known == "Table 3" else 0)):
+        size = size if known == "Table 3" else 0
+        for cost, count, value in (("macs", macs, target), ("params", params, size)):
             low, high = bounds(costs(space, channels, classes, cost))
             for n in (low, count(middle(space, channels, classes)), high):
                 text += f"{n / 1e6:>8.4g}"

@@ -30,7 +30,7 @@ def conv(x, layer, outputs, columns=None):
         weight = weight if columns is None else weight * columns
         return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
     groups, kernel, padding = outputs if layer.groups > 1 else 1, layer.kernel_size[0], layer.padding
-    if x.shape[-1] < kernel:  # where the padding is its own, oneDNN's gradient is three times slower
+    if x.shape[-1] < kernel:        # oneDNN's gradient of such a kernel is three times faster without padding
         x, padding = F.pad(x, (kernel // 2,) * 4), 0
     return F.conv2d(x, layer.weight[:outputs], bias, layer.stride, padding, 1, groups)
 

@@ -124,14 +124,15 @@ def keep(last, run, args, stage, supernet, sgd, adam, teacher):
 
 
 def recall(last, args, device):
-    """What `keep` wrote. files.Refused, with what is wrong, unless it is whole, and this version's and run's."""
+    """What `keep` wrote. files.Refused unless it is whole, and of this version and this run."""
     run = files.unpack(processes.first(last.read_bytes), last)
     if run.get("version") != VERSION:
-        raise files.Refused(f"{last} is of version {run.get('version')}, this is version {VERSION}: start anew")
+        raise files.Refused(f"{last} is of version {run.get('version')}, this is version {VERSION}: start "
+                            "anew")
     for key, value in flags.kept(args).items():
         if key not in flags.FREE and run["settings"].get(key) != value:
             raise files.Refused(f"{last} is of another run: its {key} is {run['settings'].get(key)}, "
-                             f"but args.json has {value}")
+                                f"but args.json has {value}")
     run["means"] = {kind: (total.to(device), count) for kind, (total, count) in run["means"].items()}
     return run
 
@@ -158,8 +159,7 @@ def conclude(run, out, stage, arch, right, seconds, device, meter):
 
 
 def train_surely(supernet, teacher, sgd, adam, loader, parts, args, run, caught, last):
-    """`train_stage`, which after a step whose numbers went bad goes back to the checkpoint `last`, and skips
-    it.
+    """`train_stage`, but a step whose numbers go bad is skipped, from the checkpoint `last` on.
 
     SystemExit after `MOST_SKIPPED` such steps in a stage.
     """

@@ -65,7 +65,7 @@ def checked(parameters, found, step):
     bad, unscaled = found.new_zeros(()), found.new_ones(())
     torch._amp_foreach_non_finite_check_and_unscale_(  # GradScaler's own: one pass over all of them
         [found, *(p.grad for p in parameters if p.grad is not None)], bad, unscaled)
-    if bad.item():                                  # the one number that is read from the device in every step
+    if bad.item():                              # the one number that is read from the device in every step
         raise FloatingPointError(step)
     return found
 

@@ -48,8 +48,8 @@ BATCHES, INITIAL = range(10, 12)                # what is drawn: with seed and s
 # ours, chosen on the architecture part (--validate); an average over three epochs would only lag behind.
 DEFAULTS = {"paper": {"epochs": 180, "batch_size": 1024, "lr": 0.4, "dropout": 0.2, "ema": 0.9999},
             "small": {"epochs": 3, "batch_size": 64, "lr": 0.2, "dropout": 0.0, "ema": 0.0}}
-SETTINGS = ("epochs", "batch_size", "accumulate", "lr", "weight_decay", "smoothing", "dropout", "ema", "autocast",
-            "init", "seed")                     # what a training that is gone on with began with
+SETTINGS = ("epochs", "batch_size", "accumulate", "lr", "weight_decay", "smoothing", "dropout", "ema",
+            "autocast", "init", "seed")         # what a training that is gone on with began with
 
 
 def train(network, loader, index, tester, test_index, args, name, stage, checkpoint, caught=()):
@@ -68,7 +68,8 @@ def train(network, loader, index, tester, test_index, args, name, stage, checkpo
     average = AveragedModel(network, use_buffers=True) if args.ema else None
     rows, begin, total, seconds = [], 0, torch.zeros((), device=loader.device), 0.0
     epoch_length = len(index) // args.batch_size
-    settings = {key: getattr(args, key) for key in SETTINGS} | {"network": str(getattr(network, "arch", name))}
+    settings = {key: getattr(args, key) for key in SETTINGS}
+    settings["network"] = str(getattr(network, "arch", name))
     if args.resume and processes.first(checkpoint.exists):
         try:
             saved = files.unpack(processes.first(checkpoint.read_bytes), checkpoint)
@@ -133,11 +134,12 @@ def train(network, loader, index, tester, test_index, args, name, stage, checkpo
                     bar.set_postfix_str(f"loss {float(total) / (step + 1):.3f}")
                 stopped = processes.heard(caught)
                 if step + 1 < epoch_length and (stopped or (step + 1) % args.checkpoint_every == 0):
-                    begin, seconds, clock = step + 1, seconds + time.perf_counter() - clock, time.perf_counter()
+                    begin, now = step + 1, time.perf_counter()
+                    seconds, clock = seconds + now - clock, now
                     keep()
                     if stopped:
-                        print(f"stopped in epoch {epoch} of {name}, after step {begin}; the same command with "
-                              "--resume goes on", flush=True)
+                        print(f"stopped in epoch {epoch} of {name}, after step {begin}; the same command "
+                              "with --resume goes on", flush=True)
                         raise SystemExit(128 + stopped)
         processes.spread(network)
         if average:
@@ -181,8 +183,7 @@ def export(network, file):
 
 
 def saving(rows, name):
-    """What the supernet's weights save network `name`, in words; None unless `rows` have it trained both
-    ways.
+    """What the supernet's weights save network `name`, in words; None unless it is trained both ways.
 
     A cosine's last epochs are its best: the epochs of two schedules of the same length are compared.
     """
@@ -208,9 +209,6 @@ def parser():
     g = p.add_argument_group("training", "(defaults for the paper's space; for small images)")
     g.add_argument("--epochs", type=number(int, 1), help="(180, the paper's; 3)")
     g.add_argument("--batch-size", type=number(int, 1), metavar="B", help="(1024; 64)")
-    g.add_argument("--accumulate", type=number(int, 1), default=1, metavar="N",
-                   help="compute a batch in N pieces, for less memory: the same gradient, but for batch "
-                   "norm, which sees a piece at a time (1)")
     g.add_argument("--lr", type=number(float, 1e-9), help="peak learning rate (0.4; 0.2)")
     g.add_argument("--weight-decay", type=number(float, 0), default=1e-4, help="of weight matrices (1e-4)")
     g.add_argument("--smoothing", type=number(float, 0), default=0.1, help="label smoothing (0.1)")
@@ -225,10 +223,7 @@ def parser():
     g.add_argument("--out", type=Path, metavar="DIR", help="folder of the results (the network's)")
     g.add_argument("--resume", action="store_true",
                    help="go on where the last training ended; skip what is trained")
-    g.add_argument("--checkpoint-every", type=number(int, 1), default=500, metavar="N",
-                   help="steps between checkpoints within an epoch; a kill loses no more than these (500)")
-    g.add_argument("--seed", type=number(int, 0), default=0, help="the same seed gives the same run (0)")
-    g.add_argument("--device", default="auto", help="cpu, cuda, .. (auto: an accelerator if there is one)")
+    flags.run_flags(g)
     return p
 
 
@@ -287,23 +282,17 @@ def check(p, args, archs, folder, images):
 
 def check_size(p, name, arch, args, images, device):
     """End in p.error for a batch that does not fit images or processes, or an `Arch` beyond the memory."""
-    size, n = args.batch_size, processes.share()[1]
-    if size > images:
-        p.error(f"--batch-size {size} is more than the {images} images")
-    if size % n:
-        p.error(f"--batch-size {size} does not divide by the {n} processes")
-    if args.accumulate > size // n:
-        p.error(f"--accumulate {args.accumulate} is more than the {size // n} images that a process has of a "
-                "batch")
-    need, has = flops.training_memory(arch, size // n // args.accumulate), flops.memory(device)
+    if args.batch_size > images:
+        p.error(f"--batch-size {args.batch_size} is more than the {images} images")
+    need, has = flops.training_memory(arch, flags.pieces(p, args)), flops.memory(device)
     if need > has:
-        p.error(f"{name} needs {need / 2 ** 30:,.1f} GB to train with --batch-size {size}, by an estimate "
-                f"that is rather low, but there are {has / 2 ** 30:,.1f}: take a larger --accumulate, or a "
-                "smaller network")
+        p.error(f"{name} needs {need / 2 ** 30:,.1f} GB to train with --batch-size {args.batch_size}, by an "
+                f"estimate that is rather low, but there are {has / 2 ** 30:,.1f}: take a larger "
+                "--accumulate, or a smaller network")
 
 
 def read_rows(file):
-    """The rows of a trained.json, none if it is not there. files.Refused if they are not what `train_all` writes."""
+    """The rows of a trained.json, none if it is not there. files.Refused if `enter` would not write such."""
     if not file.exists():
         return []
     try:
@@ -315,6 +304,14 @@ def read_rows(file):
         raise files.Refused(f"{file} is not what train.py writes ({error!r})") from None
     if kinds - {(str, str, float)}:
         raise files.Refused(f"{file} is not what train.py writes: name, init or accuracy are of other types")
+    return rows
+
+
+def enter(file, row):
+    """Write `row` into a trained.json, in place of the one of its name and init; returns all rows."""
+    rows = [r for r in read_rows(file) if (r["name"], r["init"]) != (row["name"], row["init"])] + [row]
+    rows.sort(key=lambda r: (r["name"], r["init"]))
+    processes.save(file, json.dumps(rows, indent=1) + "\n")
     return rows
 
 
@@ -363,12 +360,10 @@ def train_all(p, args, archs, folder, out, device, images, test, caught):
         row = mine | {"stage": arch.stage, "flops": flops.macs(arch), "params": flops.params(arch),
                "accuracy": epochs[-1]["accuracy"], "seconds": sum(e["seconds"] for e in epochs),
                "seed": args.seed, "epochs": epochs}
-        rows = sorted([r for r in rows if not mine.items() <= r.items()] + [row],
-                      key=lambda r: (r["name"], r["init"]))
         processes.save(out / f"{label}.trained.pt", network.state_dict())
         if arch != searched:
             processes.save(out / f"{label}.trained.json", arch.to_json())
-        processes.save(results, json.dumps(rows, indent=1) + "\n")
+        rows = enter(results, row)
         checkpoint.unlink()
         processes.note(label, "trained")
         if says := saving(rows, name):

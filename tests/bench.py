@@ -1,8 +1,7 @@
 """What a search step costs, in ratios: a benchmark, not a test. Prints a table and writes JSON.
 
     python tests/bench.py [--quick] [--out bench.json]
-    python tests/bench.py --full-size        # the paper's steps at 224 pixels, A0..A4 with growth between
-    them
+    python tests/bench.py --full-size        # the paper's steps at 224 pixels, grown from A0 to A4
 
 All variants of a row run in one process, in turns, and medians over the repeats are compared, so that a noisy
 machine harms both sides alike. "All paths" is FBNetV2's way: all eight candidates of every block, at full
@@ -252,8 +251,7 @@ def linearity(repeats, size):
 
 
 def full_size(batch, size=224):
-    """Text: seconds, memory and FLOPs of the paper's steps at its own size, and what its search takes by
-    them.
+    """Text: seconds, memory and FLOPs of the paper's steps at its own size, and of its whole search.
 
     FLOPs are counted forward, for one image: two paths, and the teacher. Backward takes twice as many for the
     weights, as many for alpha, which has a step for every five of theirs.
@@ -293,9 +291,7 @@ def costs_of(steps, teacher, batch):
 
 
 def flops_of(call, repeats):
-    """FLOPs (two a multiply-accumulate) of a call, by PyTorch's counter: the mean of some, which draw other
-    paths.
-    """
+    """FLOPs (two a multiply-accumulate) of a call, by PyTorch's counter: the mean of several, as paths differ."""
     with FlopCounterMode(display=False) as counter:
         for _ in range(repeats):
             call()

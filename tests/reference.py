@@ -11,7 +11,7 @@ channels in the last 1x1 convolution, and depths as they were. MobileNets keep t
 after the stem; ShuffleNetV2 goes without its pooling and its last stride.
 """
 import argparse
-import json
+import functools
 import sys
 from pathlib import Path
 
@@ -27,7 +27,6 @@ import data
 import flags
 import processes
 import train
-from files import write
 from flops import amount
 from space import SPACES
 from supernet import initialise
@@ -93,6 +92,7 @@ def macs(network, channels, pixels):
 def nearest(build, target, channels, pixels, classes, dropout=0.0):
     """(width, network, MACs): the one whose MACs are nearest to `target`, of the widths 0.02, 0.04, .. 1.5.
     """
+    @functools.cache
     def count(n):
         with torch.device("meta"):                       # shapes are enough to count
             return macs(build(n / 50, channels, classes, dropout), channels, pixels)
@@ -127,8 +127,7 @@ def main(argv=None):
         for name, build in BUILDERS.items():
             width, network, count = nearest(build, target, channels, pixels, images.classes, args.dropout)
             name = f"{name} x{width:g}"
-            rows = json.loads(results.read_text()) if results.exists() else []
-            if args.resume and any(row["name"] == name for row in rows):
+            if args.resume and any(row["name"] == name for row in train.read_rows(results)):
                 continue
             initialise(network, data.generator(args.seed, n, train.INITIAL))
             checkpoint = own.dir / f"{name}.last.pt"
@@ -140,9 +139,7 @@ def main(argv=None):
             row = {"name": name, "stage": n, "init": "scratch", "flops": count, "params": params,
                    "accuracy": epochs[-1]["accuracy"], "seconds": sum(e["seconds"] for e in epochs),
                    "seed": args.seed, "epochs": epochs}
-            rows = [r for r in rows if r["name"] != name] + [row]
-            rows.sort(key=lambda r: (r["name"], r["init"]))
-            write(results, json.dumps(rows, indent=1) + "\n")
+            train.enter(results, row)
             checkpoint.unlink()
 
 

@@ -26,6 +26,7 @@ import data
 import decode
 import derive
 import flags
+import flops
 import folder
 import search
 import train
@@ -507,3 +508,16 @@ def test_flags_of_a_folder_have_the_spaces_resolution(tmp_path):
     for space, resolution in (("paper", 224), ("small", 32)):
         args = flags.parser().parse_args(["--data", str(tmp_path), "--space", space])
         assert flags.images(flags.parser(), args, "train").resolution == resolution
+
+
+def test_a_search_aims_at_what_its_images_allow(tmp_path):
+    write(tmp_path, "ab")
+    p = flags.parser()
+    for pixels in (224, 64):
+        args = p.parse_args(["--space", "paper", "--data", str(tmp_path), "--resolution", str(pixels)])
+        images = flags.images(p, args, "train")
+        found = flags.aim(p, args, images)
+        assert found == flops.targets("paper", 3, pixels, 2) and (found[0] == 107e6) == (pixels == 224)
+    args.flops_target = [107e6] * 5                             # more than any network of 64 pixels has
+    with pytest.raises(SystemExit):
+        flags.aim(p, args, images)

@@ -157,6 +157,27 @@ def test_pieces_of_a_batch_give_the_gradient_of_the_whole(monkeypatch):
             torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("target", [None, 0.5])
+def test_a_step_has_no_gradients_but_its_own(target):
+    """At a rate of 0 nothing moves, so that the same step has the same gradients once more."""
+    net = search.SuperNet(search.SPACES["small"][0], 1, 10, data.generator(0)).train()
+    weights, alphas = net.weights(), net.alphas()
+    sgd, adam = torch.optim.SGD(weights, 0.0), torch.optim.Adam(alphas, 0.0)
+    batch = torch.rand(8, 1, 28, 28, generator=data.generator(1)), torch.arange(8)
+
+    def pull():
+        return target and target * torch.cat(alphas).sum()
+    found = []
+    for _ in range(2):
+        step_module.alpha_step(net, None, adam, weights, alphas, pull, batch, 1, 1.0, 0.0, (0, 4))
+        assert all(p.requires_grad for p in weights) and not any(a.requires_grad for a in alphas)
+        found.append([a.grad.clone() for a in alphas])
+        step_module.weight_step(net, None, sgd, weights, batch, 1, 1.0, 0.0, (0, 4))
+        found[-1] += [p.grad.clone() for p in weights if p.grad is not None]
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+    assert all(g.count_nonzero() for g in found[0][:len(alphas)])
+
+
 @pytest.mark.parametrize("first, times, step, more", [
     (9, 1, 7, 2),                   # the bad one, 5 and 6 once more, 7 never
     (12, 1, 9, 4),                  # the bad one, an alpha step; 5 to 8 once more, neither step of 9

@@ -160,6 +160,11 @@ def refused(main, flags, says, capsys):
     assert stopped.value.code == 2 and captured.err.count("\n") == 1 and says in captured.err
 
 
+@pytest.mark.parametrize("given, shown", [("1us", "0.001"), ("1s", "1000.000")])
+def test_a_time_that_no_network_takes_is_refused(searched, given, shown, capsys):
+    refused(derive.main, [str(searched), "--latency", given], f"{shown} ms is out of reach: networks have ", capsys)
+
+
 def test_a_budget_gives_a_network_that_keeps_it(searched, tmp_path, capsys):
     for flag, budget, count in (("--flops", 1e6, derive.macs), ("--params", 5e4, derive.params)):
         derive.main([str(searched), flag, str(budget), "--out", str(tmp_path / "net.json")])
