@@ -31,6 +31,7 @@ import flops
 import folder
 import plot
 import processes
+import results
 from derive import Network, derive, expected_macs, measure, scale, space_costs
 from grow import describe, grow, movement
 from space import SPACES, Arch
@@ -339,7 +340,7 @@ def main(argv=None):
         processes.note("out", str(args.out))
         print(f"{args.method} on {args.data}, seed {args.seed}, into {args.out}", flush=True)
         summary = search(args, images, parts, run, args.out, device, caught)
-        print(plot.table(summary))
+        print(results.table(summary))
         if processes.share()[0] == 0:
             plot.curve([args.out], args.out / "curve.png")
     print(f"curve: {args.out / 'curve.png'}; train the networks: python train.py {args.out}")

@@ -83,9 +83,8 @@ BUILDERS = {"MobileNetV3-small": mobilenet_v3, "MobileNetV2": mobilenet_v2, "Shu
 
 def macs(network, channels, pixels):
     """Multiply-accumulates of one image, by PyTorch's counter: not by flops.py."""
-    device = next(network.parameters()).device
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network.eval()(torch.zeros(1, channels, pixels, pixels, device=device))
+        network.eval()(torch.zeros(1, channels, pixels, pixels))
     return counter.get_total_flops() // 2
 
 
@@ -94,8 +93,7 @@ def nearest(build, target, channels, pixels, classes, dropout=0.0):
     """
     @functools.cache
     def count(n):
-        with torch.device("meta"):                       # shapes are enough to count
-            return macs(build(n / 50, channels, classes, dropout), channels, pixels)
+        return macs(build(n / 50, channels, classes, dropout), channels, pixels)
     low, high = 1, 75
     while high - low > 1:                                # wider is dearer
         middle = (low + high) // 2

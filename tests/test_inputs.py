@@ -21,6 +21,7 @@ import files
 import flags
 import flops
 import plot
+import results
 import search
 import train
 from space import Arch
@@ -387,12 +388,12 @@ def test_a_thousand_mutations_of_json_are_refused_or_read_as_they_stand(finished
                 found = json.loads(text)
                 assert flags.kept(flags.begun(found)[1]) == found
             elif name == "summary.json":
-                rows = plot.measured(tmp_path / name)
+                rows = results.measured(tmp_path / name)
                 found = [row for row in json.loads(text) if row["accuracy"] is not None]
                 assert [row[2:] for row in rows] == [
                     (row["flops"] / 1e6, row["params"] / 1e6, 100 * row["accuracy"]) for row in found]
             else:
-                read, found = plot.history(tmp_path), {}
+                read, found = results.history(tmp_path), {}
                 for row in map(json.loads, text.splitlines()):
                     found.setdefault(row["stage"], {}).update(row["alphas"])
                 assert {stage: dict(steps) for stage, steps in read.items()} == found

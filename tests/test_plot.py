@@ -18,6 +18,7 @@ from matplotlib.path import Path
 from matplotlib.text import Annotation, Text
 
 import plot
+import results
 from space import CANDIDATES
 
 ACCURACIES = (0.5, 0.6, 0.7)
@@ -97,7 +98,7 @@ def test_runs_are_averaged_only_if_they_differ_in_the_seed_alone(unsaved, tmp_pa
             make(tmp_path / "d", method="direct"), make(tmp_path / "e", method="direct", data="cifar10")]
     labels = ["cst, small, fake, grow", "cst, small, fake, no grow", "direct, small, fake",
               "direct, small, cifar10"]
-    assert plot.experiments(runs) == dict(zip(labels, (runs[:2], runs[2:3], runs[3:4], runs[4:])))
+    assert results.experiments(runs) == dict(zip(labels, (runs[:2], runs[2:3], runs[3:4], runs[4:])))
     figure = plot.curve(runs, tmp_path / "curve.png")
     legend = [t.get_text() for t in figure.legends[0].texts]
     assert legend == [f"{label}, n = {n}" for label, n in zip(labels, (2, 1, 1, 1))] + [legend[-1]]
@@ -108,7 +109,7 @@ def test_runs_are_averaged_only_if_they_differ_in_the_seed_alone(unsaved, tmp_pa
 
 def test_where_words_cannot_tell_experiments_apart_the_folder_does(tmp_path):
     runs = [make(tmp_path / "a", epochs=[1, 1]), make(tmp_path / "b", epochs=[2, 2])]
-    assert list(plot.experiments(runs)) == [f"cst, small, fake ({run})" for run in runs]
+    assert list(results.experiments(runs)) == [f"cst, small, fake ({run})" for run in runs]
 
 
 def test_the_same_seed_twice_does_not_count_twice(unsaved, tmp_path):
@@ -119,7 +120,7 @@ def test_the_same_seed_twice_does_not_count_twice(unsaved, tmp_path):
 
 def test_a_folder_without_args_is_named_by_itself(tmp_path):
     (make(tmp_path / "run") / "args.json").unlink()
-    assert list(plot.experiments([str(tmp_path / "run")])) == ["run"]
+    assert list(results.experiments([str(tmp_path / "run")])) == ["run"]
 
 
 def test_open_marks_for_the_supernets_weights_and_filled_for_trained(unsaved, tmp_path):
@@ -152,7 +153,7 @@ def test_other_networks_are_points_with_their_name(unsaved, tmp_path):
     runs = [make(tmp_path / "a"), make(tmp_path / "b", 1)]
     for run, more in zip(runs, ((("Other", 0, 3e6, 3e5, 0.87),), ())):
         trained(run, ("A0", 0, 1e6, 1e5, 0.8), ("MobileNetV2", 0, 2e6, 2e5, 0.85), *more)
-    lines, others = plot.curves(runs)
+    lines, others = results.curves(runs)
     assert [list(line.points) for line in lines] == [["A0"], ["A0", "A1", "A2"]]
     assert {name: points.tolist() for name, points in others.items()} == {"MobileNetV2": [[2, 0.2, 85]],
                                                                          "Other": [[3, 0.3, 87]]}
@@ -212,10 +213,10 @@ def test_architectures_are_the_files(unsaved, tmp_path):
 
 
 def test_the_operations_are_those_of_table_2():
-    assert plot.OPS == tuple(CANDIDATES)
+    assert results.OPS == tuple(CANDIDATES)
     for op, (kernel, se, activation) in CANDIDATES.items():
         words = plot.FILLS[op[5:]][1]
-        assert (plot.OPS.index(op) % 2 == 1, "SE" in words) == (kernel == 5, se)
+        assert (results.OPS.index(op) % 2 == 1, "SE" in words) == (kernel == 5, se)
         assert ("hswish" in words) == (activation == "hswish") != ("ReLU" in words)
 
 
@@ -226,10 +227,10 @@ def test_operations_differ_in_grey():
 
 
 def test_entropy():
-    assert plot.entropy(uniform(8)) == pytest.approx(1)
-    assert plot.entropy([0, 0, 1, 0]) == 0
-    assert plot.entropy([0.5, 0.5, 0, 0, 0, 0, 0, 0]) == pytest.approx(1 / 3)
-    assert plot.entropy([0.25, 0.75]) == pytest.approx(-(0.25 * math.log2(0.25) + 0.75 * math.log2(0.75)))
+    assert results.entropy(uniform(8)) == pytest.approx(1)
+    assert results.entropy([0, 0, 1, 0]) == 0
+    assert results.entropy([0.5, 0.5, 0, 0, 0, 0, 0, 0]) == pytest.approx(1 / 3)
+    assert results.entropy([0.25, 0.75]) == pytest.approx(-(0.25 * math.log2(0.25) + 0.75 * math.log2(0.75)))
 
 
 def test_alphas_are_the_log(unsaved, tmp_path):
@@ -241,7 +242,7 @@ def test_alphas_are_the_log(unsaved, tmp_path):
     log(run, {"stage": 0, "step": 5, "alphas": [[3, start], [5, start]]}, {"stage": 0, "step": 7},
         {"stage": 0, "step": 10, "steps": 10, "alphas": [[10, end], [10, end]]},
         {"stage": 1, "step": 4, "steps": 4, "alphas": end})                     # the blocks alone will do
-    assert plot.history(run) == {0: [(3, start), (5, start), (10, end)], 1: [(4, end)]}
+    assert results.history(run) == {0: [(3, start), (5, start), (10, end)], 1: [(4, end)]}
     below, *maps, _ = plot.alphas(run, tmp_path / "alphas.png").axes
     assert [axis.get_images()[0].get_array().tolist() for axis in maps] == [[sure, uniform(8)]] * 2
     lines = {line.get_label(): line.get_xydata().tolist() for line in below.lines}
@@ -283,7 +284,8 @@ def test_a_log_without_alphas_is_refused(tmp_path):
 
 def test_the_table_adds_up():
     costs = {"flops": 1e6, "params": 1e5, "seconds": 1.5, "kwh": 0.25, "co2e_lb": 0.5}
-    text = plot.table([{"stage": n, "accuracy": a} | costs for n, a in enumerate((0.5, None))]).splitlines()
+    rows = [{"stage": n, "accuracy": a} | costs for n, a in enumerate((0.5, None))]
+    text = results.table(rows).splitlines()
     assert len(text) == 4
     assert text[1].split()[:4] == ["A0", "1.00", "0.100", "50.0"] and text[2].split()[3] == "-"
     assert text[3].split() == ["all", "3.0", "0.50000", "1.00000"]

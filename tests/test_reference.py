@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torchvision.models import mobilenet_v2, mobilenet_v3_small, shufflenet_v2_x1_0
 
-import plot
+import results
 
 ORIGINALS = {"MobileNetV3-small": mobilenet_v3_small, "MobileNetV2": mobilenet_v2,
              "ShuffleNetV2": shufflenet_v2_x1_0}
@@ -40,7 +40,7 @@ def test_they_become_stars_of_the_curve(tmp_path, capsys):
                     "--device", "cpu"])
     rows = json.loads((tmp_path / "trained.json").read_text())
     assert [row["name"].split()[0] for row in rows] == sorted(reference.BUILDERS)
-    lines, others = plot.curves([tmp_path])
+    lines, others = results.curves([tmp_path])
     assert not lines and list(others) == [row["name"] for row in rows]
     assert not list(tmp_path.glob("*.pt"))
     capsys.readouterr()
