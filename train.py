@@ -1,23 +1,19 @@
 """Training a derived network, or all of a run, from scratch or from the supernet's weights (Experiments).
 
     python train.py runs/001                     # A0.json, A1.json, .. of a run, then the curve
-    python train.py runs/001 --init inherit         # from the supernet's weights, and what that saves
+    python train.py runs/001 --init inherit      # from the supernet's weights, and what that saves
     python train.py runs/001/A3.json --export net.pt2
     torchrun --nproc_per_node 8 train.py runs/001   # a process a GPU, each on its share of every batch
 
-On the whole training set: SGD with Nesterov momentum, linear warm-up and a cosine to zero, label smoothing,
-weight decay of weight matrices alone, dropout before the classifier, an exponential moving average of the
-weights. The network of the last epoch counts: the test images choose nothing.
+On the whole training set, as recipe.py says; results are of the test images.
 """
 import argparse
 import contextlib
 import importlib.util
 import json
-import math
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 # How long a thread spins before it sleeps, waiting for another. OpenMP's default makes a step 40 times
@@ -26,9 +22,6 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
-import torch.nn.functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
 import data
 import files
@@ -36,122 +29,17 @@ import flags
 import flops
 import plot
 import processes
-from derive import Network, accuracy, inherit, open_supernet
+from derive import Network, inherit, open_supernet
 from flags import number, one_line
 from folder import record
-from search import learning_rate
+from recipe import INITIAL, train
 from space import Arch
 from supernet import initialise
 
-BATCHES, INITIAL = range(10, 12)                # what is drawn: with seed and stage it seeds a generator
 # The paper says 180 epochs of ImageNet; the other values for it are common ones. Those for small images are
 # ours, chosen on the architecture part (--validate); an average over three epochs would only lag behind.
 DEFAULTS = {"paper": {"epochs": 180, "batch_size": 1024, "lr": 0.4, "dropout": 0.2, "ema": 0.9999},
             "small": {"epochs": 3, "batch_size": 64, "lr": 0.2, "dropout": 0.0, "ema": 0.0}}
-SETTINGS = ("epochs", "batch_size", "accumulate", "lr", "weight_decay", "smoothing", "dropout", "ema",
-            "autocast", "init", "seed")         # what a training that is gone on with began with
-
-
-def train(network, loader, index, tester, test_index, args, name, stage, checkpoint, caught=()):
-    """Train `network` on the images at `index`, and return it, or its moving average, with a row an epoch:
-    epoch, loss, accuracy on the images of the `Loader` tester at `test_index`, seconds.
-
-    checkpoint: a file that it is saved in now and then; with args.resume, training goes on from it.
-    caught: as in `search`; the step ends, is saved, and SystemExit raised. Also if the loss is not finite.
-    files.Refused if the file is not a checkpoint of this training.
-    """
-    decayed, others = [], []
-    for p in network.parameters():
-        (decayed if p.dim() > 1 else others).append(p)
-    sgd = torch.optim.SGD([{"params": decayed, "weight_decay": args.weight_decay}, {"params": others}],
-                          args.lr, momentum=0.9, nesterov=True, fused=True)
-    average = AveragedModel(network, use_buffers=True) if args.ema else None
-    rows, begin, total, seconds = [], 0, torch.zeros((), device=loader.device), 0.0
-    epoch_length = len(index) // args.batch_size
-    settings = {key: getattr(args, key) for key in SETTINGS}
-    settings["network"] = str(getattr(network, "arch", name))
-    if args.resume and processes.first(checkpoint.exists):
-        try:
-            saved = files.unpack(processes.first(checkpoint.read_bytes), checkpoint)
-            for key, value in settings.items():
-                if saved["settings"][key] != value:
-                    raise ValueError(f"its {key} is {saved['settings'][key]}, not {value}")
-            network.load_state_dict(saved["network"])
-            if average:
-                average.load_state_dict(saved["average"])
-            sgd.load_state_dict(saved["sgd"])
-            rows, begin, seconds = (saved[key] for key in ("rows", "step", "seconds"))
-            total = saved["total"].to(loader.device)
-        except (ValueError, LookupError, RuntimeError, TypeError) as error:
-            why = str(error).splitlines()[0]
-            raise files.Refused(f"{checkpoint} is not one of this training ({why}); delete it, and {name} is "
-                             "trained anew") from None
-    rank, n = processes.share()                          # of n processes each takes its share of every batch
-    start = len(rows) * epoch_length + begin
-    batches = loader.shuffled(index, args.seed, stage, BATCHES, start=start, share=(rank, n))
-    result = average.module if average else network
-
-    def keep():
-        """Write the checkpoint, unless the loss has gone bad."""
-        if not math.isfinite(total + sum(row["loss"] for row in rows)):
-            raise SystemExit(f"train.py: the loss of {name} is not finite in epoch {epoch}; try a lower --lr")
-        if not args.validate:
-            processes.save(checkpoint, {
-                "settings": settings, "network": network.state_dict(), "sgd": sgd.state_dict(),
-                "average": average and average.state_dict(), "rows": rows, "step": begin, "total": total,
-                "seconds": seconds})
-            processes.note(name, "saved")
-
-    for epoch in range(len(rows), args.epochs):
-        network.train()
-        clock = time.perf_counter()
-        with tqdm(total=epoch_length, initial=begin, desc=f"{name} epoch {epoch}",
-                  disable=rank > 0 or None) as bar:
-            for step in range(begin, epoch_length):
-                seed = data.generator(args.seed, rank, epoch, step).initial_seed()
-                torch.manual_seed(seed)                                     # dropout's draws
-                rate = learning_rate(args.lr, epoch * epoch_length + step, args.epochs * epoch_length)
-                for group in sgd.param_groups:
-                    group["lr"] = rate
-                x, y = next(batches)
-                sgd.zero_grad()
-                loss = torch.zeros_like(total)
-                for part_x, part_y in zip(x.chunk(args.accumulate), y.chunk(args.accumulate)):
-                    with torch.autocast(loader.device.type, torch.bfloat16, enabled=args.autocast):
-                        part = F.cross_entropy(network(part_x), part_y, label_smoothing=args.smoothing)
-                    part = part * (len(part_y) / len(y))
-                    part.backward()
-                    loss += part.detach()
-                loss, = processes.average(network.parameters(), loss)  # and gradients, over all processes
-                sgd.step()
-                if args.ema:                        # slower from step to step, until it is what was asked for
-                    done = epoch * epoch_length + step
-                    average.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, (1 + done) / (10 + done)))
-                    average.update_parameters(network)
-                total += loss
-                bar.update()
-                if step % 50 == 49:
-                    bar.set_postfix_str(f"loss {float(total) / (step + 1):.3f}")
-                stopped = processes.heard(caught)
-                if step + 1 < epoch_length and (stopped or (step + 1) % args.checkpoint_every == 0):
-                    begin, now = step + 1, time.perf_counter()
-                    seconds, clock = seconds + now - clock, now
-                    keep()
-                    if stopped:
-                        print(f"stopped in epoch {epoch} of {name}, after step {begin}; the same command "
-                              "with --resume goes on", flush=True)
-                        raise SystemExit(128 + stopped)
-        processes.spread(network)
-        if average:
-            processes.spread(average)
-        right = accuracy(result, tester, test_index)
-        rows.append({"epoch": epoch, "loss": float(total) / epoch_length, "accuracy": right,
-                     "seconds": seconds + time.perf_counter() - clock})
-        print(f"{name} epoch {epoch}  loss {rows[-1]['loss']:.3f}  accuracy {100 * right:.2f} %  "
-              f"{rows[-1]['seconds']:.0f} s", flush=True)
-        begin, total, seconds = 0, torch.zeros_like(total), 0.0
-        keep()
-    return result, rows
 
 
 def initial(arch, args, folder):

@@ -324,6 +324,8 @@ def main(argv=None):
     print(f"{'measured':<58}{'found':>9}  must reach     n")
     for name, value, goal, n in rows:
         print(f"{name:<58}{value:>9.3f}  {goal:<10} {n:>5}")
+    if args.quick:
+        print("Few repeats on small images scatter, and memory is mostly gradients: the bounds are the full run's.")
     keys = ("measured", "found", "must_reach", "n")
     found = {"machine": machine, "rows": [dict(zip(keys, row, strict=True)) for row in rows]}
     args.out.write_text(json.dumps(found, indent=1) + "\n")

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import flags
 import processes
+import recipe
 import train
 from flops import amount
 from space import SPACES
@@ -127,13 +128,13 @@ def main(argv=None):
             name = f"{name} x{width:g}"
             if args.resume and any(row["name"] == name for row in train.read_rows(results)):
                 continue
-            initialise(network, data.generator(args.seed, n, train.INITIAL))
+            initialise(network, data.generator(args.seed, n, recipe.INITIAL))
             checkpoint = own.dir / f"{name}.last.pt"
             params = sum(p.numel() for p in network.parameters())
             print(f"{name}: {count / 1e6:.3f} M MACs, {params / 1e6:.3f} M parameters", flush=True)
             network = network.to(device, memory_format=torch.channels_last)
             test_index = torch.arange(len(test.labels))
-            _, epochs = train.train(network, loader, index, tester, test_index, args, name, n, checkpoint)
+            _, epochs = recipe.train(network, loader, index, tester, test_index, args, name, n, checkpoint)
             row = {"name": name, "stage": n, "init": "scratch", "flops": count, "params": params,
                    "accuracy": epochs[-1]["accuracy"], "seconds": sum(e["seconds"] for e in epochs),
                    "seed": args.seed, "epochs": epochs}

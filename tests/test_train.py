@@ -14,6 +14,7 @@ import derive
 import files
 import latency
 import ops
+import recipe
 import search
 import train
 from space import Arch
@@ -55,14 +56,14 @@ def test_a_run_is_trained_and_the_same_seed_repeats_it(searched, tmp_path):
 def test_training_goes_on_from_the_last_epoch(searched, tmp_path, monkeypatch):
     arch = str(searched / "A0.json")
     train.main([arch, *FAST, "--out", str(tmp_path / "whole"), "--ema", "0.9"])
-    accuracy, calls = train.accuracy, []
+    accuracy, calls = recipe.accuracy, []
 
     def killed(*args):
         calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
         return accuracy(*args)
-    monkeypatch.setattr(train, "accuracy", killed)
+    monkeypatch.setattr(recipe, "accuracy", killed)
     with pytest.raises(KeyboardInterrupt):
         train.main([arch, *FAST, "--out", str(tmp_path / "cut"), "--ema", "0.9"])
     monkeypatch.undo()
@@ -203,11 +204,11 @@ def test_the_front_reaches_from_the_cheapest_to_the_dearest(searched, tmp_path):
 def test_a_stopped_training_goes_on_within_its_epoch(searched, tmp_path, monkeypatch, capsys):
     arch, more = str(searched / "A0.json"), ["--ema", "0.9", "--dropout", "0.2"]
     train.main([arch, *FAST, *more, "--out", str(tmp_path / "whole")])
-    heard, looks = train.processes.heard, []
-    monkeypatch.setattr(train.processes, "heard", lambda caught: looks.append(1) or (2 if len(looks) == 24 else 0))
+    heard, looks = recipe.processes.heard, []
+    monkeypatch.setattr(recipe.processes, "heard", lambda caught: looks.append(1) or (2 if len(looks) == 24 else 0))
     with pytest.raises(SystemExit) as stopped:
         train.main([arch, *FAST, *more, "--out", str(tmp_path / "cut")])
-    monkeypatch.setattr(train.processes, "heard", heard)
+    monkeypatch.setattr(recipe.processes, "heard", heard)
     assert stopped.value.code == 130 and "stopped in epoch 1 of A0, after step 6;" in capsys.readouterr().out
     saved = torch.load(tmp_path / "cut" / "A0.last.pt", weights_only=True)
     assert (len(saved["rows"]), saved["step"]) == (1, 6)
@@ -222,14 +223,14 @@ def test_a_stopped_training_goes_on_within_its_epoch(searched, tmp_path, monkeyp
 def test_a_killed_training_loses_no_more_than_a_checkpoints_steps(searched, tmp_path, monkeypatch):
     argv = [str(searched / "A0.json"), *FAST, "--dropout", "0.2", "--checkpoint-every", "4", "--out"]
     train.main([*argv, str(tmp_path / "whole")])
-    entropy, calls = train.F.cross_entropy, []
+    entropy, calls = recipe.F.cross_entropy, []
 
     def killed(*x, **more):
         calls.append(1)
         if len(calls) == 29:
             raise KeyboardInterrupt
         return entropy(*x, **more)
-    monkeypatch.setattr(train.F, "cross_entropy", killed)
+    monkeypatch.setattr(recipe.F, "cross_entropy", killed)
     with pytest.raises(KeyboardInterrupt):
         train.main([*argv, str(tmp_path / "cut")])
     saved = files.load(tmp_path / "cut" / "A0.last.pt")
@@ -242,8 +243,8 @@ def test_a_killed_training_loses_no_more_than_a_checkpoints_steps(searched, tmp_
 
 
 def test_a_loss_that_is_not_finite_ends_the_training_and_is_not_saved(searched, tmp_path, monkeypatch):
-    entropy, calls = train.F.cross_entropy, []
-    monkeypatch.setattr(train.F, "cross_entropy", lambda *x, **more: calls.append(1) or entropy(*x, **more) * (
+    entropy, calls = recipe.F.cross_entropy, []
+    monkeypatch.setattr(recipe.F, "cross_entropy", lambda *x, **more: calls.append(1) or entropy(*x, **more) * (
         float("nan") if len(calls) == 25 else 1))
     with pytest.raises(SystemExit, match="the loss of A0 is not finite in epoch 1; try a lower --lr"):
         train.main([str(searched / "A0.json"), *FAST, "--out", str(tmp_path)])
