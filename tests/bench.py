@@ -203,7 +203,7 @@ def outside(loader, parts, epochs):
     seconds, within = [], []
 
     def watched(call, sign=1):
-        """`call`, timed: with sign -1 it is taken off what it is called in, else only the outermost counts."""
+        """`call`, timed: with sign -1 it is taken off its caller's, else only the outermost counts."""
         def run(*args, **kwargs):
             clock = time.perf_counter()
             within.append(call)
@@ -219,7 +219,8 @@ def outside(loader, parts, epochs):
     sgd, adam = search.optimisers(net, args)
     net.sample = watched(net.sample, -1)  # gradients() draws the paths as well
     sgd.step, sgd.zero_grad = watched(sgd.step), watched(sgd.zero_grad)
-    places = [(step, "gradients"), (step, "step_sampled"), (search, "expected_macs"), (torch.Tensor, "backward")]
+    places = [(step, "gradients"), (step, "step_sampled"), (search, "expected_macs"),
+              (torch.Tensor, "backward")]
     calls = [getattr(*place) for place in places]
     for place, call in zip(places, calls):
         setattr(*place, watched(call))
@@ -291,7 +292,7 @@ def costs_of(steps, teacher, batch):
 
 
 def flops_of(call, repeats):
-    """FLOPs (two a multiply-accumulate) of a call, by PyTorch's counter: the mean of several, as paths differ."""
+    """FLOPs (two a multiply-accumulate) of a call, by PyTorch's counter: the mean, as paths differ."""
     with FlopCounterMode(display=False) as counter:
         for _ in range(repeats):
             call()
@@ -325,7 +326,7 @@ def main(argv=None):
     for name, value, goal, n in rows:
         print(f"{name:<58}{value:>9.3f}  {goal:<10} {n:>5}")
     if args.quick:
-        print("Few repeats on small images scatter, and memory is mostly gradients: the bounds are the full run's.")
+        print("Few repeats on small images: the bounds are those of the full run.")
     keys = ("measured", "found", "must_reach", "n")
     found = {"machine": machine, "rows": [dict(zip(keys, row, strict=True)) for row in rows]}
     args.out.write_text(json.dumps(found, indent=1) + "\n")
