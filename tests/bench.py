@@ -87,8 +87,8 @@ class Steps:
         self.grown = time.perf_counter() - clock
         self.x = torch.randn(batch, channels, size, size, generator=self.g)
         self.y = torch.randint(classes, (batch,), generator=self.g)
-        self.sgd = torch.optim.SGD(self.net.weights(), 0.01, momentum=0.9, weight_decay=1e-4)
-        self.adam = torch.optim.Adam(self.net.alphas(), 0.01)
+        settings = argparse.Namespace(lr=0.01, weight_decay=1e-4, alpha_lr=0.01)
+        self.sgd, self.adam = search.optimisers(self.net, settings)
 
     def two_paths(self, teacher=None):
         return step.two_paths(self.net, teacher, self.x, self.y, 1.0, 0.5, self.g)[0]
@@ -144,7 +144,8 @@ def two_networks(steps):
         options = [(draws["op"].options[side], draws["expansion"].options[-1], draws["width"].options[-1])
                    for draws in path]
         net = inherit(Network(arch(steps.net, options)), steps.net).train()
-        nets.append((net, torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)))
+        nets.append((net, torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, weight_decay=1e-4,
+                                          fused=True)))
 
     def step():
         for net, sgd in nets:
