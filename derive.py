@@ -1,5 +1,6 @@
 """From a supernet to a network: its most likely one, or the most likely under any budget (Table 3).
 
+    python derive.py runs/001                    # the last stage's most likely
     python derive.py runs/001 --flops 2M
     python derive.py runs/001 --latency 2ms      # measured here, for one image
 
@@ -222,8 +223,9 @@ def parser():
     p = flags.one_line(argparse.ArgumentParser(prog="derive.py", description=__doc__,
                                                formatter_class=argparse.RawDescriptionHelpFormatter))
     p.add_argument("run", type=Path, metavar="RUN", help="folder of a search")
-    p.add_argument("--stage", type=int, choices=range(5), help="one of A0..A4 (all that the run has)")
-    g = p.add_mutually_exclusive_group(required=True)
+    p.add_argument("--stage", type=int, choices=range(5),
+                   help="one of A0..A4 (all that the run has; without a budget its last)")
+    g = p.add_mutually_exclusive_group()
     g.add_argument("--flops", type=amount, metavar="F", help="a budget of MACs, as in 2M; suffixes k, M, G")
     g.add_argument("--params", type=amount, metavar="P", help="a budget of parameters, as in 100k")
     g.add_argument("--latency", type=latency.duration, metavar="T",
@@ -246,6 +248,8 @@ def main(argv=None):
         supernets = [open_supernet(args.run, k) for k in stages]
     except (OSError, ValueError, RecursionError) as error:
         p.error(f"{args.run} is not the folder of a run ({error})")
+    if args.points and args.refine > 1:
+        p.error("--refine is for one budget, not for --points")
     if 0 in (args.flops, args.params):
         p.error("a budget must be above 0")
     if not supernets:
@@ -271,7 +275,11 @@ def main(argv=None):
     else:
         budget = args.flops or args.params or args.latency
         try:
-            if args.latency:
+            if not budget:                           # the dearest network keeps what all keep: no budget
+                supernets, show = supernets[-1:], str
+                tables = [space_costs(supernets[0])]
+                budget, name = bounds(tables[0])[1], f"A{stages[-1]}-likely"
+            elif args.latency:
                 show, name = latency.show, f"latency-{budget / 1e6:g}ms"
                 tables = measured_costs(supernets, args.run / "latency.json")
             else:
@@ -295,8 +303,9 @@ def main(argv=None):
         if args.latency:
             whole, = latency.measure_networks([Network(arch(supernet, found[0]))])
             print(f"{show(found[2])} by its layers, {show(whole)} measured as a whole")
-        print(f"{100 * (1 - found[2] / budget):.2f} % under the budget; it costs {lost:.2f} nats of "
-              "likelihood")
+        if args.flops or args.params or args.latency:
+            print(f"{100 * (1 - found[2] / budget):.2f} % under the budget; it costs {lost:.2f} nats of "
+                  "likelihood")
         path, content = args.out or args.run / f"{name}.json", arch(supernet, found[0]).to_json()
     try:
         files.write(path, content)

@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+import files
 import processes
 from decode import CHUNK, Loader, decode, workers
 
@@ -236,5 +237,13 @@ def record(p, images, out, parts=None):
 
 
 def read(file):
-    """What a JSON file holds; {} where there is none."""
-    return json.loads(file.read_text()) if file.exists() else {}
+    """The dict in a JSON file; {} where there is none. files.Refused if it holds no such."""
+    if not file.exists():
+        return {}
+    try:
+        found = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
+        raise files.Refused(f"{file} is not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise files.Refused(f"{file} is not what a run writes: {type(found).__name__}, not an object")
+    return found

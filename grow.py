@@ -143,7 +143,7 @@ def identity(candidate, generator):
 
 
 def describe(old, new):
-    """What grew, in words: blocks, options a block on average, and weights."""
+    """What grew, in words: blocks, the widest width, the largest expansion, and weights."""
     def size(net):
         spaces = [b.block for b in net.blocks]
         return (len(spaces), max(b.widths[-1] for b in spaces), max(b.expansions[-1] for b in spaces),

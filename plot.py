@@ -7,8 +7,8 @@ curve.png          accuracy against MACs and parameters, of all runs. Those that
 architectures.png  the networks A0..A4 of the first run, a box a block
 alphas.png         what the first run's supernets chose, and when: probabilities and their entropy
 
-Made for print: 8 points at a width of 7.2 inches, colours that everybody can tell apart, and beside each
-colour a mark, a hatch or a dash.
+Made for print: 8 points at a width of 7.2 inches (more for more than 18 blocks), colours that everybody can
+tell apart, and beside each colour a mark, a hatch or a dash.
 """
 import argparse
 import io

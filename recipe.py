@@ -16,11 +16,11 @@ import data
 import files
 import processes
 from derive import accuracy
-from search import learning_rate
+from step import learning_rate
 
 BATCHES, INITIAL = range(10, 12)                # what is drawn: with seed and stage it seeds a generator
 SETTINGS = ("epochs", "batch_size", "accumulate", "lr", "weight_decay", "smoothing", "dropout", "ema",
-            "autocast", "init", "seed")         # what a training that is gone on with began with
+            "autocast", "init", "seed", "data")         # what a training that is gone on with began with
 
 
 def train(network, loader, index, tester, test_index, args, name, stage, checkpoint, caught=()):

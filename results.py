@@ -147,15 +147,11 @@ def networks(run):
 
 
 def history(run):
-    """{stage: [(step, blocks), ..]}: the probabilities in a run's log.jsonl; a dict a block, by choice.
-
-    A row's "alphas" is either a list of [step, blocks], or the blocks alone, at the row's step.
-    """
+    """{stage: [(step, blocks), ..]}: the probabilities in a run's log.jsonl; a dict a block, by choice."""
     file, found = Path(run) / "log.jsonl", {}
     with reading(file):
         for row in map(json.loads, file.read_text().splitlines() if file.exists() else ()):
-            alphas = row.get("alphas", [])
-            for step, blocks in [(row["step"], alphas)] if alphas and isinstance(alphas[0], dict) else alphas:
+            for step, blocks in row.get("alphas", []):
                 for p in (p for block in blocks for p in block.values()):
                     if min(p) < 0 or abs(sum(p) - 1) > 1e-3:
                         raise ValueError(f"{p} are not probabilities")

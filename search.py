@@ -35,7 +35,7 @@ import results
 from derive import Network, derive, expected_macs, measure, scale, space_costs
 from grow import describe, grow, movement
 from space import SPACES, Arch
-from step import alpha_step, weight_step
+from step import alpha_step, learning_rate, weight_step
 from supernet import SuperNet, require_grad, temperature
 
 WEIGHTS_A_STEP = 5              # the parts are 5/6 and 1/6: five weight steps, then one of the architecture
@@ -251,7 +251,8 @@ def dry_run(args, images, parts, device):
         space = SPACES[args.space][stage]._replace(resolution=images.resolution)
         supernet = SuperNet(space, **shape).to(device)
         sgd, adam = optimisers(supernet, args)
-        ten = {**vars(args), "epochs": [10 / epoch_length] * 5, "checkpoint_every": 5}
+        still = {"lr": 0.0, "alpha_lr": 0.0}        # only time is asked for: no number can go bad
+        ten = {**vars(args), **still, "epochs": [10 / epoch_length] * 5, "checkpoint_every": 5}
         ten, run = argparse.Namespace(**ten), blank()
         training = train_stage(supernet, teacher, sgd, adam, loader, parts, ten, run, [])
         while run["step"] < 5:                      # five steps to warm up, and five to measure
@@ -287,12 +288,6 @@ def schedule(args, stage, parts):
     """(weight steps an epoch, weight steps of the stage)."""
     epoch_length = len(parts[0]) // args.batch_size
     return epoch_length, max(1, round(args.epochs[stage] * epoch_length))
-
-
-def learning_rate(peak, step, steps, warmup=0.05):
-    """Linear warm-up over the first 5 % of the steps, then a cosine to zero. The paper is silent."""
-    progress = (step + 1) / steps
-    return peak * min(progress / warmup, 0.5 + 0.5 * math.cos(math.pi * progress))
 
 
 def add(totals, kind, found):

@@ -2,6 +2,8 @@
 
 Both go two sampled paths (`two_paths`), each on its own part of the training data.
 """
+import math
+
 import torch
 
 import data
@@ -78,3 +80,9 @@ def two_paths(supernet, teacher, x, y, tau, lam, generator):
             soft = teacher(x)                                                   # (B, classes)
     logits = supernet(x, supernet.sample(tau, generator))                       # (B, classes)
     return distill.loss(logits, soft, y, lam), (logits.detach().argmax(1) == y).float().mean()
+
+
+def learning_rate(peak, step, steps, warmup=0.05):
+    """Linear warm-up over the first 5 % of the steps, then a cosine to zero. The paper is silent."""
+    progress = (step + 1) / steps
+    return peak * min(progress / warmup, 0.5 + 0.5 * math.cos(math.pi * progress))

@@ -33,6 +33,7 @@ from derive import Network, inherit, open_supernet
 from flags import number, one_line
 from folder import record
 from recipe import INITIAL, train
+from results import curves
 from space import Arch
 from supernet import initialise
 
@@ -54,19 +55,21 @@ def initial(arch, args, folder):
 def export(network, file):
     """Write `network` for use without this code: a torch.export program (.pt2), or ONNX (.onnx).
 
-    A .pt2 is loaded again, and its logits compared. files.Refused if they differ.
+    A .pt2 is loaded again, and its logits compared: files.Refused if they differ. It is whole or absent.
     """
     arch, network = network.arch, network.cpu().eval()
     x = torch.randn(2, arch.in_channels, arch.resolution, arch.resolution)
     batch = {0: torch.export.Dim("batch")}
+    temporary = file.with_name(f"part.{file.name}")
     if file.suffix == ".onnx":
-        torch.onnx.export(network, (x,), file, dynamo=True, dynamic_shapes=(batch,), verbose=False)
+        torch.onnx.export(network, (x,), temporary, dynamo=True, dynamic_shapes=(batch,), verbose=False)
     else:
-        torch.export.save(torch.export.export(network, (x,), dynamic_shapes=(batch,)), file)
+        torch.export.save(torch.export.export(network, (x,), dynamic_shapes=(batch,)), temporary)
         with torch.no_grad():
-            moved = float((torch.export.load(file).module()(x) - network(x)).abs().max())
+            moved = float((torch.export.load(temporary).module()(x) - network(x)).abs().max())
         if moved > 1e-4:
-            raise files.Refused(f"the logits of {file} differ by {moved:.1e} from the network's")
+            raise files.Refused(f"the logits of {temporary} differ by {moved:.1e} from the network's")
+    os.replace(temporary, file)
     print(f"exported: {file}")
 
 
@@ -157,13 +160,21 @@ def check(p, args, archs, folder, images):
                     f"{args.data} has {images.channels} and {images.classes}")
         if args.init == "inherit" and not (folder / f"A{arch.stage}.pt").exists():
             p.error(f"--init inherit needs the supernet's weights, {folder / f'A{arch.stage}.pt'}")
+    if args.validate and (args.resume or args.export):
+        p.error("--validate writes nothing, and goes on with nothing: not with --resume or --export")
     for key in ("smoothing", "dropout", "ema"):
         if (getattr(args, key) or 0) >= 1:
             p.error(f"--{key} is {getattr(args, key)}, not below 1")
+    try:
+        curves([args.out or folder])                # which the curve at the end will be drawn of
+    except ValueError as error:
+        p.error(error)
     if args.export and len(archs) > 1:
         p.error("--export writes one network: name its ARCH.json")
     if args.export and args.export.suffix not in (".pt2", ".onnx"):
         p.error(f"--export {args.export} ends neither in .pt2 nor in .onnx")
+    if args.export and not args.export.parent.is_dir():
+        p.error(f"--export {args.export}: there is no folder {args.export.parent}")
     if args.export and args.export.suffix == ".onnx" and not importlib.util.find_spec("onnxscript"):
         p.error("--export to .onnx needs onnx: pip install onnx onnxscript, or export to .pt2")
 
@@ -218,7 +229,7 @@ def train_all(p, args, archs, folder, out, device, images, test, caught):
     index = torch.arange(len(images.labels))
     test_index = torch.arange(len(test.labels))
     if args.validate:
-        (index, test_index), test = data.split(images.labels, args.seed), images
+        index, test_index = data.split(images.labels, args.seed)
     stats = images.statistics(index)
     results = out / "trained.json"
     rows = processes.first(read_rows, results)
@@ -227,6 +238,7 @@ def train_all(p, args, archs, folder, out, device, images, test, caught):
         given = argparse.Namespace(**vars(args))
         for key, value in DEFAULTS["paper" if arch.space == "paper" else "small"].items():
             setattr(given, key, value if getattr(args, key) is None else getattr(args, key))
+        given.data = f"{len(index):,} images of {getattr(images, 'digest', args.data)}"
         processes.first(check_size, p, name, arch, given, len(index), device)
         label = name if args.init == "scratch" else f"{name}.{args.init}"     # what its files are called
         checkpoint, mine = out / f"{label}.last.pt", {"name": name, "init": args.init}
@@ -271,7 +283,8 @@ def main(argv=None):
     out, device = args.out or folder, processes.choose_device(p, args.device)
     wanted = processes.first(source, p, args, archs, folder)
     known = out if (out / "checked.json").exists() else folder
-    images, test = (flags.images(p, wanted, part, known) for part in ("train", "test"))
+    images = flags.images(p, wanted, "train", known)
+    test = images if args.validate else flags.images(p, wanted, "test", known)
     args.data = wanted.data
     processes.first(check, p, args, archs, folder, images)
     if args.autocast is None:

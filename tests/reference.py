@@ -1,10 +1,10 @@
 """Reference points for the curve: torchvision's small networks, trained as train.py trains ours.
 
-    python tests/reference.py runs/001 --targets 0.87M 2.2M 4.7M
+    python tests/reference.py runs/001
 
 MobileNetV3-small, MobileNetV2 and ShuffleNetV2, each at the width that comes nearest to the MACs of a target,
-as rows of DIR/trained.json, which plot.py draws as stars. All flags of train.py hold, with its defaults: the
-same images, recipe, initialisation and seed.
+as rows of the run's trained.json, which plot.py draws as stars: the same images, recipe, initialisation and
+seed, and train.py's flags for them.
 
 Adapted to 28 x 28 pixels as the small space is: stem of stride 2, two more strides (28, 14, 7, 4), 256
 channels in the last 1x1 convolution, and depths as they were. MobileNets keep their first and third stride
@@ -12,8 +12,11 @@ after the stem; ShuffleNetV2 goes without its pooling and its last stride.
 """
 import argparse
 import functools
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")                # as in train.py
 
 import torch
 from torch import nn
@@ -25,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data
 import flags
+import flops
 import processes
 import recipe
 import train
@@ -33,7 +37,6 @@ from space import SPACES
 from supernet import initialise
 
 HEAD = SPACES["small"][0].head
-TARGETS = (0.87e6, 2.2e6, 4.7e6)                         # about A0's, A2's and A4's
 
 
 def strided(strides):
@@ -105,23 +108,28 @@ def nearest(build, target, channels, pixels, classes, dropout=0.0):
 
 def main(argv=None):
     p = flags.one_line(argparse.ArgumentParser(prog="reference.py", description=__doc__,
-                                               epilog="further flags: train.py --help",
+                                               epilog="further flags: those of the training, train.py --help",
                                                formatter_class=argparse.RawDescriptionHelpFormatter))
-    p.add_argument("dir", type=Path, metavar="DIR", help="folder of trained.json, such as a run's")
-    p.add_argument("--targets", type=amount, nargs="+", default=TARGETS, metavar="F",
-                   help="MACs (0.87M 2.2M 4.7M)")
+    p.add_argument("dir", type=Path, metavar="RUN", help="folder of a run")
+    p.add_argument("--targets", type=amount, nargs="+", metavar="F", help="MACs (those of A0, A2 and A4)")
     own, rest = p.parse_known_args(argv)
     args = train.parser().parse_args([str(own.dir), *rest])
-    for key, value in train.DEFAULTS["small"].items():
+    for flag in ("init", "export", "validate", "out"):
+        if getattr(args, flag) != train.parser().get_default(flag):
+            p.error(f"--{flag} is for train.py alone")
+    archs, folder = train.networks(p, own.dir)
+    args.data = (wanted := train.source(p, args, archs, folder)).data
+    space = next(iter(archs.values())).space
+    for key, value in train.DEFAULTS["paper" if space == "paper" else "small"].items():
         setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
-    args.data = args.data or "fashion"
-    images, test = (flags.images(p, args, part) for part in ("train", "test"))
+    images, test = (flags.images(p, wanted, part, folder) for part in ("train", "test"))
+    train.check(p, args, archs, folder, images)
     device, index = processes.choose_device(p, args.device), torch.arange(len(images.labels))
     args.autocast = device.type == "cuda" if args.autocast is None else args.autocast
     stats, channels, pixels = images.statistics(index), images.channels, images.resolution
     loader, tester = (part.loader(stats, args.batch_size, device) for part in (images, test))
-    own.dir.mkdir(parents=True, exist_ok=True)
-    results = own.dir / "trained.json"
+    results = folder / "trained.json"
+    own.targets = own.targets or [flops.macs(arch) for arch in list(archs.values())[::2]]
     for n, target in enumerate(own.targets):
         for name, build in BUILDERS.items():
             width, network, count = nearest(build, target, channels, pixels, images.classes, args.dropout)
@@ -129,7 +137,7 @@ def main(argv=None):
             if args.resume and any(row["name"] == name for row in train.read_rows(results)):
                 continue
             initialise(network, data.generator(args.seed, n, recipe.INITIAL))
-            checkpoint = own.dir / f"{name}.last.pt"
+            checkpoint = folder / f"{name}.last.pt"
             params = sum(p.numel() for p in network.parameters())
             print(f"{name}: {count / 1e6:.3f} M MACs, {params / 1e6:.3f} M parameters", flush=True)
             network = network.to(device, memory_format=torch.channels_last)

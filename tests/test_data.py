@@ -236,7 +236,8 @@ def test_a_generator_is_a_function_of_its_position():
 
 
 @pytest.mark.parametrize("name, folder, files, key", [
-    ("cifar10", "cifar-10-batches-py", {"train": [f"data_batch_{n}" for n in range(1, 6)], "test": ["test_batch"]}, "labels"),
+    ("cifar10", "cifar-10-batches-py", {"train": [f"data_batch_{n}" for n in range(1, 6)],
+                                        "test": ["test_batch"]}, "labels"),
     ("cifar100", "cifar-100-python", {"train": ["train"], "test": ["test"]}, "fine_labels")])
 def test_cifar_is_what_its_archive_holds(monkeypatch, tmp_path, name, folder, files, key):
     """An archive of three images a file, which has another checksum than the real one."""

@@ -45,7 +45,8 @@ def stage(space=0, taught=False, lr=0.1, steps=STEPS):
     if taught:
         teacher = Network(derive(search.SuperNet(search.SPACES["small"][0], 1, 10, data.generator(1)))).eval()
         initialise(teacher, data.generator(2))
-    return net, search.train_stage(net, teacher, *search.optimisers(net, args), loader, parts, args, search.blank(), [])
+    return net, search.train_stage(net, teacher, *search.optimisers(net, args), loader, parts, args,
+                                   search.blank(), [])
 
 
 def without_norm():

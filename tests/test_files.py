@@ -47,7 +47,7 @@ def test_a_thousand_mutations_are_refused_or_change_nothing():
         except ValueError as error:
             assert str(error).startswith("last.pt ") and "\n" not in str(error)
             refused += 1
-    assert refused > 700                                                 # the rest hit names, dates and padding
+    assert refused > 700                                        # the rest hit names, dates and padding
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
@@ -81,7 +81,8 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
 
 
 def test_a_folder_is_held_by_one_and_freed_by_its_death(tmp_path):
-    code = f"import files, time, pathlib\nwith files.lock({str(tmp_path)!r}):\n print('held', flush=True)\n time.sleep(60)"
+    code = (f"import files, time, pathlib\nwith files.lock({str(tmp_path)!r}):\n"
+            " print('held', flush=True)\n time.sleep(60)")
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
                              cwd=Path(__file__).parent.parent)
     assert other.stdout.readline() == "held\n"

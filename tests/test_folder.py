@@ -36,7 +36,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def picture(seed=0, size=(12, 10)):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
 
 
 def write(root, names="abc", each=6, **options):
@@ -87,7 +88,8 @@ def test_of_class_folders_alone_a_sixth_of_each_is_held_out(tmp_path):
     write(tmp_path, "ab", each=12)
     write(tmp_path, "c", each=4)
     images, test = open_folder(tmp_path), open_folder(tmp_path, "test")
-    assert torch.bincount(images.labels).tolist() == [10, 10, 3] and torch.bincount(test.labels).tolist() == [2, 2, 1]
+    assert torch.bincount(images.labels).tolist() == [10, 10, 3]
+    assert torch.bincount(test.labels).tolist() == [2, 2, 1]
     both = names(images) + names(test)
     assert len(set(both)) == len(both) == 28 and images.held_out == names(test)
     assert names(open_folder(tmp_path, "test")) == names(test) != names(open_folder(tmp_path, "test", seed=1))
@@ -112,13 +114,14 @@ def test_classes_are_drawn_by_their_sorted_names(tmp_path):
     for name in "jihgfedcba":
         write(tmp_path, name, each=3)
     assert open_folder(tmp_path, classes=4).class_names == ["abcdefghij"[i] for i in folder.draw(10, 4, 0)]
-    assert open_folder(tmp_path, classes=4, part="test").class_names == open_folder(tmp_path, classes=4).class_names
+    one, other = (open_folder(tmp_path, classes=4, part=part) for part in ("train", "test"))
+    assert one.class_names == other.class_names
     with pytest.raises(ValueError, match="10 folders of images, one a class, but 11"):
         open_folder(tmp_path, classes=11)
 
 
 def test_odd_names_hidden_files_and_files_that_are_no_images(tmp_path, capsys):
-    write(tmp_path, ["Katze 猫", "собака", "b\udcff"], each=3)              # the last: bytes that are no UTF-8
+    write(tmp_path, ["Katze 猫", "собака", "b\udcff"], each=3)           # the last: no UTF-8
     (tmp_path / ".hidden").mkdir()
     (tmp_path / "Katze 猫" / "._0.png").write_bytes(b"of a Mac")
     (tmp_path / "Katze 猫" / "notes.txt").write_text("!")
@@ -181,7 +184,8 @@ def test_a_hundred_thousand_files_in_a_class_are_listed_at_once(tmp_path):
 def png(path, rows, bits, colour):
     """A PNG by hand: rows of samples, colour type 0 (grey) or 2 (RGB)."""
     def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        checksum = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + checksum
     raw = b"".join(b"\0" + np.array(row, ">u2" if bits == 16 else "u1").tobytes() for row in rows)
     size = struct.pack(">II", len(rows[0]) // (3 if colour == 2 else 1), len(rows))
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size + bytes((bits, colour, 0, 0, 0)))
@@ -280,14 +284,16 @@ def test_batches_do_not_depend_on_workers_starts_or_other_draws(tmp_path, monkey
         assert equal(whole, stream(loader(tmp_path, workers), 0, 5))
     for start in (1, 3, 4):                                             # 3: where the second epoch begins
         assert equal(whole[start:], stream(loader(tmp_path, 2), 0, 5, start=start, n=6 - start))
-    assert not equal(whole, stream(loader(tmp_path), 0, 6)) and not equal(whole, stream(loader(tmp_path), 1, 5))
+    assert not equal(whole, stream(loader(tmp_path), 0, 6))
+    assert not equal(whole, stream(loader(tmp_path), 1, 5))
 
 
 def test_the_global_generator_is_left_alone(tmp_path):
     write(tmp_path, "ab")
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    stream(loader(tmp_path), 0), stream(loader(tmp_path, 1), 0), list(loader(tmp_path, 1).ordered(torch.arange(10)))
+    stream(loader(tmp_path), 0), stream(loader(tmp_path, 1), 0)
+    list(loader(tmp_path, 1).ordered(torch.arange(10)))
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -403,7 +409,8 @@ def searched(tmp_path_factory):
     photos.write(at / "photos", 12)
     bad = open_folder(at / "photos", classes=4, seed=1)
     (at / "photos" / names(bad)[5]).write_bytes(b"broken")
-    search.main(["--data", str(at / "photos"), "--classes", "4", "--stages", "2", "--seed", "1", "--skip-broken", *SHORT,
+    search.main(["--data", str(at / "photos"), "--classes", "4", "--stages", "2", "--seed", "1",
+                 "--skip-broken", *SHORT,
                  "--out", str(at / "run")])
     return at / "photos", at / "run", names(bad)[5]
 
@@ -469,7 +476,8 @@ def test_networks_are_trained_on_the_runs_images_or_on_more_classes(searched, tm
     train.main([str(run / "A0.json"), *fast, "--init", "inherit", "--out", str(tmp_path / "same")])
     assert sorted(names(loaded[1])) == sorted(json.loads((run / "split.json").read_text())["test"])
     assert not (tmp_path / "same" / "A0.trained.json").exists()
-    train.main([str(run / "A0.json"), *fast, "--data", str(root), "--classes", "9", "--resolution", "8", "--out",
+    train.main([str(run / "A0.json"), *fast, "--data", str(root), "--classes", "9", "--resolution", "8",
+                "--out",
                 str(tmp_path / "more")])
     arch = Arch.from_json((tmp_path / "more" / "A0.trained.json").read_text())
     assert (arch.classes, arch.resolution) == (9, 8)
@@ -481,15 +489,24 @@ def test_bad_use_of_a_folder_ends_in_one_line(searched, tmp_path, capsys):
     root, run, _ = searched
     out = ["--out", tmp_path / "run"]
     refused(search.main, ["--data", root, *SHORT, *out], "; --skip-broken leaves out", capsys)
-    refused(train.main, [run / "A0.json", "--init", "inherit", "--classes", "5"], "is for 3 channels and 4", capsys)
+    refused(train.main, [run / "A0.json", "--init", "inherit", "--classes", "5"], "is for 3 channels and 4",
+            capsys)
     assert not (tmp_path / "run").exists()
+    for name in ("checked.json", "split.json"):
+        whole = (run / name).read_text()
+        for broken in (whole[:-9], "[]"):
+            (run / name).write_text(broken)
+            refused(search.main, ["--resume", "--out", run], f"{name} is not", capsys)
+        (run / name).write_text(whole)
 
 
-def test_a_dry_run_says_how_many_workers_are_needed_and_checks_nothing(searched, tmp_path, capsys, monkeypatch):
+def test_a_dry_run_says_how_many_workers_are_needed_and_checks_nothing(searched, tmp_path, capsys,
+                                                                       monkeypatch):
     root, _, bad = searched
     (root / bad).rename(tmp_path / "bad")
     monkeypatch.setattr(folder, "check", lambda *given: pytest.fail("checked"))
-    search.main(["--data", str(root), *SHORT, "--stages", "1", "--dry-run", "--out", str(tmp_path / "run")])
+    search.main(["--data", str(root), *SHORT, "--stages", "1", "--dry-run", "--out", str(tmp_path / "run"),
+                 "--lr", "1e30"])                                   # only time is asked for: nothing diverges
     (tmp_path / "bad").rename(root / bad)
     assert "ms an image in one worker; the fastest step needs" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()

@@ -1,5 +1,5 @@
-"""A table of bad inputs: every script's flags out of range, of a wrong type or at odds, and its files missing,
-cut, damaged or another's.
+"""A table of bad inputs: every script's flags out of range, of a wrong type or at odds, and its files
+missing, cut, damaged or another's.
 
 Each row is tried in a copy of a finished run. It must end with exit status 2 and one line on stderr, which
 names the flag or the file and what would do, and must change no file.
@@ -93,7 +93,7 @@ def packed(**change):
 
 def ops(*p):
     """A log with one row, of these probabilities of operations."""
-    return text(json.dumps({"stage": 0, "step": 1, "alphas": [{"op": p}]}))
+    return text(json.dumps({"stage": 0, "step": 1, "alphas": [[1, [{"op": p}]]]}))
 
 
 def idx_bytes(values):
@@ -137,7 +137,8 @@ FLAGS = [
     ("search", "--weight-decay=-1e-4", "--weight-decay: .* at least 0"),
     ("search", "--mu 0", "--mu: .* at least"),
     ("search", "--flops-target 20Q", "--flops-target"),
-    ("search", "--data fake --flops-target 0.1M", "--flops-target 100,000 is out of reach: the networks of A0 have"),
+    ("search", "--data fake --flops-target 0.1M",
+     "--flops-target 100,000 is out of reach: the networks of A0 have"),
     ("search", "--data fake --flops-target 1G", "--flops-target 1,000,000,000 is out of reach"),
     ("search", "--flops-target 1M 2M", "--flops-target: 2 values for 5 stages"),
     ("search", "--method scaling --flops-target off", "scaling needs a --flops-target"),
@@ -174,10 +175,14 @@ FLAGS = [
     ("train", "run --export net.pt2", "--export writes one network: name its ARCH.json"),
     ("train", "run/A0.json --data photos --resolution 7", "--resolution: .* at least 8"),
     ("train", "run/A0.json --data photos --workers 0.5", "--workers"),
+    ("train", "run/A0.json --validate --resume",
+     "--validate writes nothing, .* not with --resume or --export"),
+    ("train", "run/A0.json --validate --export net.pt2", "--validate writes nothing, .* not with --resume"),
+    ("train", "run/A0.json --export nowhere/net.pt2", "--export nowhere/net.pt2: there is no folder nowhere"),
     ("train", "run/A0.json --seed -1", "--seed: .* at least 0"),
     ("train", "run/A0.json --device abacus", "--device abacus"),
     ("train", "run/A0.json --out run/A0.json", "--out run/A0.json: File exists"),
-    ("derive", "run", "one of the arguments .*--flops"),
+    ("derive", "run --points 2 --refine 2", "--refine is for one budget, not for --points"),
     ("derive", "nowhere --flops 1M", "nowhere is not the folder of a run"),
     ("derive", "run --flops 1Q", "--flops"),
     ("derive", "run --flops off", "a budget must be above 0"),
@@ -250,10 +255,12 @@ FILES = [
     ("train", "run --init inherit", "A0.pt", cut, "A0.pt is cut short"),
     ("train", "run --init inherit", "A0.pt", packed(stem=torch.ones(1)), "A0.pt is not the supernet of"),
     ("train", "run --init inherit", "A0.json", facts(classes=9), "A0 is for 1 channels and 9 classes"),
+    ("train", "run", "summary.json", cut, "summary.json is not JSON"),
     ("train", "run", "trained.json", text("[{"), "trained.json is not JSON"),
-    ("train", "run", "trained.json", text("[3]"), "trained.json is not what train.py"),
-    ("train", "run", "trained.json", text('[{"name": 3}]'), "trained.json is not what train.py writes"),
-    ("train", "run --resume", "A0.last.pt", lambda path: path.write_bytes(files.pack({"settings": {"epochs": 9}})),
+    ("train", "run", "trained.json", text("[3]"), "trained.json is not what a run writes"),
+    ("train", "run", "trained.json", text('[{"name": 3}]'), "trained.json is not what a run writes"),
+    ("train", "run --resume", "A0.last.pt",
+     lambda path: path.write_bytes(files.pack({"settings": {"epochs": 9}})),
      "A0.last.pt is not one of this training .its epochs is 9, not 3.; delete it"),
     ("train", "run --resume", "A0.last.pt", empty, "A0.last.pt is not one of this training"),
     ("train", "run --resume", "A0.last.pt", text("PK"), "A0.last.pt is not one of this training"),
@@ -357,8 +364,8 @@ def mutated(text, g):
         return text[:at] + g.choice('0123456789-+.eE"{}[]:, xN\\\0') + text[at + 1:]
     values = list(re.finditer(r'(?<=[\[:]) ?("[^"]*"|[\w.+-]+)', text))
     old = g.choice(values)
-    new = g.choice(("null", "true", "[]", "{}", '""', '"1"', "-1", "0", "1e400", "NaN", "9" * 40, "0.5", "[1, 2]",
-                    '"ir_k3"'))
+    new = g.choice(("null", "true", "[]", "{}", '""', '"1"', "-1", "0", "1e400", "NaN", "9" * 40, "0.5",
+                    "[1, 2]", '"ir_k3"'))
     return text[:old.start()] + new + text[old.end():]
 
 

@@ -22,7 +22,8 @@ import latency
 from space import SPACES
 
 TABLE_2 = {op: (int(op[4]), "se" in op, "hswish" if op.endswith("hs") else "relu")
-           for op in ("ir_k3", "ir_k5", "ir_k3_hs", "ir_k5_hs", "ir_k3_se", "ir_k5_se", "ir_k3_se_hs", "ir_k5_se_hs")}
+           for op in ("ir_k3", "ir_k5", "ir_k3_hs", "ir_k5_hs", "ir_k3_se", "ir_k5_se", "ir_k3_se_hs",
+                      "ir_k5_se_hs")}
 
 
 def layers(arch):
@@ -45,7 +46,8 @@ def random_times(seed=0):
     return lambda *key: times.setdefault(key, int(1000 * 1000 ** g.random()))
 
 
-@pytest.mark.parametrize("text, nanoseconds", [("2ms", 2e6), ("1500us", 1.5e6), ("0.5s", 5e8), ("80ns", 80), ("1e-3s", 1e6)])
+@pytest.mark.parametrize("text, nanoseconds", [("2ms", 2e6), ("1500us", 1.5e6), ("0.5s", 5e8), ("80ns", 80),
+                                               ("1e-3s", 1e6)])
 def test_durations(text, nanoseconds):
     assert latency.duration(text) == pytest.approx(nanoseconds)
 
@@ -76,7 +78,8 @@ def test_with_macs_for_times_the_tables_are_those_of_flops(name, stage):
                 "depthwise": lambda k, s, act, p: first * k * k * (-(-p // s)) ** 2,
                 "squeeze": lambda p: 2 * first * near8(first / 4),
                 "head": lambda o, n, p: first * o * size + o * n}[kind](*others)
-    found, wanted = (f(SPACES[name][stage], 1, 10, c) for f, c in ((latency.costs, macs), (flops.costs, "macs")))
+    found = latency.costs(SPACES[name][stage], 1, 10, macs)
+    wanted = flops.costs(SPACES[name][stage], 1, 10, "macs")
     assert found.fixed == wanted.fixed and torch.equal(found.head, wanted.head)
     assert all(torch.equal(a, b) for a, b in zip(found.blocks, wanted.blocks, strict=True))
 
@@ -88,7 +91,8 @@ def test_no_network_within_a_time_is_more_likely(spread):
         likelihood, _ = everything(net)
         log_p, table = derive.log_probabilities(net), latency.costs(TINY, 1, 10, random_times(seed))
         a, b, c = table.blocks                             # (1, 8, 1, 2), (2, 8, 3, 3), (3, 8, 3, 3)
-        cost = table.fixed + (a[0, :, :, :, *[None] * 6] + b.movedim(0, 0)[None, None, :, :, :, :, *[None] * 3]
+        cost = table.fixed + (a[0, :, :, :, *[None] * 6]
+                              + b.movedim(0, 0)[None, None, :, :, :, :, *[None] * 3]
                               + c[None, None, None, None, None] + table.head).numpy()
         ends = flops.bounds(table)
         assert ends == (cost.min(), cost.max())
@@ -116,7 +120,8 @@ class Asked(TorchDispatchMode):
 @torch.no_grad()
 def test_the_layers_ask_for_just_what_the_network_asks_for():
     for seed, (name, stage) in itertools.product(range(3), (("small", 3), ("paper", 1))):
-        arch = chosen(SPACES[name][stage]._replace(resolution=32), random_options(SPACES[name][stage], seeded(seed)))
+        space = SPACES[name][stage]._replace(resolution=32)
+        arch = chosen(space, random_options(space, seeded(seed)))
         network = derive.Network(arch).eval()
         with Asked() as whole:
             network(latency.last(torch.randn(1, 1, 32, 32)))

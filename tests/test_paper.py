@@ -6,6 +6,7 @@ of the scripts, and against one another. What does not hold is a test whose name
 asserts what the paper prints, and the value that would hold. Figures 3-6 have no numbers in the text, so
 nothing of theirs is here.
 """
+import argparse
 import itertools
 import random
 import re
@@ -22,6 +23,7 @@ import flops
 import search
 import train
 from space import CANDIDATES, SPACES, options, round8
+from supernet import SuperNet
 
 # ---- the paper, as printed
 
@@ -559,7 +561,17 @@ def test_gpu_hours_of_an_epoch():
 # ---- the text: settings
 
 def test_settings_of_the_search():
-    """100 epochs, then 60 each; batches of 1024; w on 5/6 of the data, alpha on 1/6; lambda 0.5 to 0.05."""
+    """100 epochs, then 60 each; batches of 1024; w by SGD with momentum on 5/6 of the data, alpha by Adam on
+    1/6; lambda 0.5 to 0.05.
+    """
+    net = SuperNet(SPACES["small"][0], 1, 10)
+    sgd, adam = search.optimisers(net, argparse.Namespace(lr=0.3, weight_decay=0.2, alpha_lr=0.1))
+    for optimiser, kind, parameters in ((sgd, torch.optim.SGD, net.weights()),
+                                        (adam, torch.optim.Adam, net.alphas())):
+        group, = optimiser.param_groups
+        assert type(optimiser) is kind and list(map(id, group["params"])) == list(map(id, parameters))
+    group, = sgd.param_groups
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.3, 0.9, 0.2)
     paper = flags.DEFAULTS["paper"]
     assert tuple(paper["epochs"]) == (100, 60, 60, 60, 60) and paper["batch_size"] == 1024
     assert search.WEIGHTS_A_STEP == 5

@@ -241,7 +241,7 @@ def test_alphas_are_the_log(unsaved, tmp_path):
            {"op": uniform(8), "expansion": [0.5, 0.5, 0.0, 0.0], "width": uniform(3)}]
     log(run, {"stage": 0, "step": 5, "alphas": [[3, start], [5, start]]}, {"stage": 0, "step": 7},
         {"stage": 0, "step": 10, "steps": 10, "alphas": [[10, end], [10, end]]},
-        {"stage": 1, "step": 4, "steps": 4, "alphas": end})                     # the blocks alone will do
+        {"stage": 1, "step": 4, "steps": 4, "alphas": [[4, end]]})
     assert results.history(run) == {0: [(3, start), (5, start), (10, end)], 1: [(4, end)]}
     below, *maps, _ = plot.alphas(run, tmp_path / "alphas.png").axes
     assert [axis.get_images()[0].get_array().tolist() for axis in maps] == [[sure, uniform(8)]] * 2
@@ -253,7 +253,7 @@ def test_alphas_are_the_log(unsaved, tmp_path):
 
 def test_everything_can_be_read_in_print(tmp_path):
     run = make(tmp_path / "run")
-    log(run, {"stage": 0, "step": 5, "alphas": [{"op": uniform(8)}]})
+    log(run, {"stage": 0, "step": 5, "alphas": [[5, [{"op": uniform(8)}]]]})
     for draw, what in ((plot.curve, [run]), (plot.architectures, run), (plot.alphas, run)):
         figure = draw(what, tmp_path / "picture.png")
         assert figure.get_figwidth() <= 7.2
@@ -263,7 +263,7 @@ def test_everything_can_be_read_in_print(tmp_path):
 
 def test_command_line(tmp_path, capsys):
     runs = [make(tmp_path / "a"), make(tmp_path / "b", 1)]
-    log(runs[0], {"stage": 0, "step": 5, "alphas": [{"op": uniform(8)}]})
+    log(runs[0], {"stage": 0, "step": 5, "alphas": [[5, [{"op": uniform(8)}]]]})
     plot.main([str(run) for run in runs])
     names = ("curve", "architectures", "alphas")
     assert capsys.readouterr() == ("".join(f"{name}: {runs[0] / name}.png\n" for name in names), "")

@@ -7,7 +7,12 @@ import torch
 from torch import nn
 from torchvision.models import mobilenet_v2, mobilenet_v3_small, shufflenet_v2_x1_0
 
+import data
 import results
+from derive import arch
+from flops import macs
+from space import SPACES
+from supernet import SuperNet
 
 ORIGINALS = {"MobileNetV3-small": mobilenet_v3_small, "MobileNetV2": mobilenet_v2,
              "ShuffleNetV2": shufflenet_v2_x1_0}
@@ -15,16 +20,17 @@ ORIGINALS = {"MobileNetV3-small": mobilenet_v3_small, "MobileNetV2": mobilenet_v
 
 @pytest.mark.parametrize("name", reference.BUILDERS)
 def test_the_networks_have_the_macs_of_their_target_and_the_pixels_of_ours(name):
-    for target in (reference.TARGETS[0], reference.TARGETS[2]):
-        _, network, macs = reference.nearest(reference.BUILDERS[name], target, 1, 28, 10)
-        assert abs(macs / target - 1) < 0.1
+    for target in (0.87e6, 4.7e6):                                  # about A0's and A4's
+        _, network, count = reference.nearest(reference.BUILDERS[name], target, 1, 28, 10)
+        assert abs(count / target - 1) < 0.1
         outputs = []
         for layer in network.modules():
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 layer.register_forward_hook(lambda layer, _, y, seen=outputs: seen.append((layer, y)))
         assert network.eval()(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
-        assert sum(layer.weight[0].numel() * y[0].numel() for layer, y in outputs) == macs
-        assert {y.shape[-1] for _, y in outputs if y.dim() == 4} == ({14, 7, 4, 1} if "V3" in name else {14, 7, 4})
+        assert sum(layer.weight[0].numel() * y[0].numel() for layer, y in outputs) == count
+        squeezed = {1} if "V3" in name else set()
+        assert {y.shape[-1] for _, y in outputs if y.dim() == 4} == {14, 7, 4} | squeezed
 
 
 @pytest.mark.parametrize("name", reference.BUILDERS)
@@ -36,14 +42,25 @@ def test_at_width_1_only_the_stem_the_strides_and_the_head_are_not_torchvisions(
 
 
 def test_they_become_stars_of_the_curve(tmp_path, capsys):
-    reference.main([str(tmp_path), "--targets", "0.5M", "--data", "fake", "--epochs", "1", "--batch-size", "400",
-                    "--device", "cpu"])
+    net = SuperNet(SPACES["small"][0], 1, 10, data.generator(0))
+    ours = arch(net, [(0, len(b.block.expansions) // 2, len(b.block.widths) // 2) for b in net.blocks])
+    (tmp_path / "A0.json").write_text(ours.to_json())
+    flags = [str(tmp_path), "--data", "fake", "--epochs", "1", "--batch-size", "400", "--device", "cpu"]
+    reference.main(flags)
     rows = json.loads((tmp_path / "trained.json").read_text())
     assert [row["name"].split()[0] for row in rows] == sorted(reference.BUILDERS)
     lines, others = results.curves([tmp_path])
     assert not lines and list(others) == [row["name"] for row in rows]
+    assert all(abs(row["flops"] / macs(ours) - 1) < 0.2 for row in rows)
     assert not list(tmp_path.glob("*.pt"))
     capsys.readouterr()
-    reference.main([str(tmp_path), "--targets", "0.5M", "--data", "fake", "--epochs", "1", "--batch-size", "400",
-                    "--resume"])
+    reference.main([*flags, "--resume"])
     assert not capsys.readouterr().out and json.loads((tmp_path / "trained.json").read_text()) == rows
+
+
+@pytest.mark.parametrize("flag", ["--validate", "--init inherit", "--export net.pt2", "--out elsewhere"])
+def test_flags_that_mean_nothing_here_are_refused(tmp_path, flag, capsys):
+    with pytest.raises(SystemExit):
+        reference.main([str(tmp_path), *flag.split()])
+    assert capsys.readouterr().err == f"reference.py: {flag.split()[0]} is for train.py alone\n"
+    assert not any(tmp_path.iterdir())

@@ -19,7 +19,8 @@ import search
 import step as step_module
 import supernet as supernet_module
 
-SHORT = ["--data", "fake", "--epochs", "0.4", "--batch-size", "32", "--checkpoint-every", "5", "--device", "cpu"]
+SHORT = ["--data", "fake", "--epochs", "0.4", "--batch-size", "32", "--checkpoint-every", "5",
+         "--device", "cpu"]
 
 
 def run(out, *more):
@@ -90,7 +91,8 @@ def test_macs_rise_from_stage_to_stage_and_files_are_there(tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     macs = [row["flops"] for row in summary]
     assert len(macs) == 5 and macs == sorted(set(macs))
-    assert set(summary[0]) == {"stage", "flops", "params", "accuracy", "seconds", "device_hours", "kwh", "co2e_lb"}
+    assert set(summary[0]) == {"stage", "flops", "params", "accuracy", "seconds", "device_hours", "kwh",
+                               "co2e_lb"}
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {"args.json", "log.jsonl", "last.pt", "summary.json", "curve.png",
                      *(f"A{k}.{end}" for k in range(5) for end in ("json", "pt"))}
@@ -115,13 +117,14 @@ def test_the_teacher_learns_nothing_and_the_student_does():
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
-    rates = [search.learning_rate(0.2, step, 100) for step in range(100)]
+    rates = [step_module.learning_rate(0.2, step, 100) for step in range(100)]
     assert rates[0] == pytest.approx(0.04) and rates[-1] == pytest.approx(0, abs=1e-9)
     assert max(rates) <= 0.2 and rates[5:] == sorted(rates[5:], reverse=True)
 
 
 @pytest.mark.parametrize("flags, grown, taught", [
-    ([], True, True), (["--widen", "zero"], True, True), (["--no-distill"], True, False), (["--no-grow"], False, True),
+    ([], True, True), (["--widen", "zero"], True, True), (["--no-distill"], True, False),
+    (["--no-grow"], False, True),
     (["--method", "direct"], False, False), (["--method", "naive"], True, False)])
 def test_the_methods_differ_in_growth_and_teacher(tmp_path, flags, grown, taught, capsys):
     """Figs. 5 and 6. The oracles: what is printed of a growth, and the log's lambda."""
@@ -131,7 +134,8 @@ def test_the_methods_differ_in_growth_and_teacher(tmp_path, flags, grown, taught
     assert len(moved) == grown
     if grown:
         assert (float(moved[0]) > 1e-2) == ("naive" in flags)              # the others keep what it computes
-    assert [row["lambda"] > 0 for row in found["log"]] == [taught and row["stage"] == 1 for row in found["log"]]
+    rows = found["log"]
+    assert [row["lambda"] > 0 for row in rows] == [taught and row["stage"] == 1 for row in rows]
 
 
 def test_compound_scaling_searches_a0_alone(tmp_path):
@@ -197,7 +201,8 @@ def test_bad_numbers_never_reach_a_weight(tmp_path, first, times, step, more, mo
     if times == 1:
         found = run(tmp_path / "run")
         said = capsys.readouterr().out
-        assert f"A1: loss or gradients of step {step} are not finite; back to step 5, that batch is sk" in said
+        assert (f"A1: loss or gradients of step {step} are not finite; back to step 5, that batch is sk"
+                in said)
         assert all(torch.isfinite(w).all() for key in ("weights 0", "weights 1") for w in found[key].values())
         steps = found["log"][-1]["steps"]
         assert len(calls) == steps + steps // 5 + more
@@ -221,7 +226,8 @@ def test_an_undefined_gradient_is_noticed_too():
 
 
 def test_a_full_disk_ends_in_one_line_and_the_run_goes_on(undisturbed, tmp_path, capsys):
-    usual, limit = resource.getrlimit(resource.RLIMIT_FSIZE), (undisturbed["out"] / "last.pt").stat().st_size - 1
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit = (undisturbed["out"] / "last.pt").stat().st_size - 1
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, usual[1]))           # enough for A0, not for A1
     try:
         with pytest.raises(SystemExit, match=r"last\.pt: File too large; .* --resume"):

@@ -3,8 +3,9 @@
 The oracles: FBNetV2 as defined, every convolution at its full width and every choice of width a soft mask
 (`masked_supernet`), which slicing must equal; textbook layers at the chosen widths for one path alone; and
 for the draws, the probabilities of drawing without replacement from the softmax, worked out by hand. Steps of
-the two parameter sets run as in search.py.
+the two parameter sets are those of step.py, with search.py's optimisers.
 """
+import argparse
 import copy
 import itertools
 import math
@@ -24,9 +25,13 @@ from oracles import (
 )
 from torch.testing import assert_close
 
+import data
+from search import optimisers
 from space import SPACES, Block, Space
-from step import two_paths
-from supernet import CHOICES, Draw, SuperNet, require_grad, step_sampled, temperature
+from step import alpha_step, two_paths, weight_step
+from supernet import CHOICES, Draw, SuperNet, require_grad, temperature
+
+SETTINGS = argparse.Namespace(lr=0.1, weight_decay=1e-2, alpha_lr=0.02)
 
 
 def small(stage=1, channels=1, space=None):
@@ -199,14 +204,11 @@ def sampled(net, path):
 def test_a_weight_step_moves_what_it_sampled_and_nothing_else(teacher):
     net, y = small(1).train(), torch.arange(4)
     require_grad(net.alphas(), False)
-    sgd = torch.optim.SGD(net.weights(), 0.1, momentum=0.9, weight_decay=1e-2)
+    sgd, _ = optimisers(net, SETTINGS)
     for step in range(4):                                            # after the first, there is momentum
         before = copy.deepcopy(net.state_dict())
-        wanted = sampled(net, net.sample(1.0, seeded(step)))
-        loss, _ = two_paths(net, teacher, images(4, 1, 16, step), y, 1.0, 0.3, seeded(step))
-        sgd.zero_grad()
-        loss.backward()
-        sgd.step()
+        wanted = sampled(net, net.sample(1.0, data.generator(step, 0)))
+        weight_step(net, teacher, sgd, net.weights(), (images(4, 1, 16, step), y), 1, 1.0, 0.3, (step,))
         moved = {name for name, now in net.state_dict().items() if not torch.equal(now, before[name])}
         assert moved == wanted
         assert all(a.grad is None for a in net.alphas())                # no gradient of a frozen parameter
@@ -242,15 +244,14 @@ def test_an_alpha_step_has_a_gradient_for_the_sampled_options_alone():
 
 def test_an_alpha_step_moves_the_sampled_options_alone_whatever_their_momentum():
     net, y, stale = small(3).train(), torch.arange(4), 0
-    require_grad(net.weights(), False)
-    adam = torch.optim.Adam(net.alphas(), 0.02, betas=(0.5, 0.999))
+    _, adam = optimisers(net, SETTINGS)
     for step in range(5):
         before = [a.detach().clone() for a in net.alphas()]
-        wanted = active(net, net.sample(1.0, seeded(step)))
-        loss, _ = two_paths(net, None, images(4, 1, 16, step), y, 1.0, 0.0, seeded(step))
-        adam.zero_grad()
-        loss.backward()
-        step_sampled(adam, net.alphas())
+        weights = {name: p.detach().clone() for name, p in net.named_parameters() if ".alphas." not in name}
+        wanted = active(net, net.sample(1.0, data.generator(step, 1)))
+        alpha_step(net, None, adam, net.weights(), net.alphas(), lambda: None, (images(4, 1, 16, step), y), 1,
+                   1.0, 0.0, (step,))
+        assert all(torch.equal(dict(net.named_parameters())[name], p) for name, p in weights.items())
         for a, old, (_, moving) in zip(net.alphas(), before, wanted, strict=True):
             assert tuple((a.detach() != old).nonzero().flatten().tolist()) == moving
             stale += int(adam.state[a]["exp_avg"].count_nonzero()) - len(moving)

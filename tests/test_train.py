@@ -47,7 +47,8 @@ def test_a_run_is_trained_and_the_same_seed_repeats_it(searched, tmp_path):
     assert trained(tmp_path / "a") == trained(tmp_path / "b")
     assert [row["name"] for row in trained(tmp_path / "a")] == ["A0", "A1"]
     for stage in (0, 1):
-        one, other = (torch.load(tmp_path / name / f"A{stage}.trained.pt", weights_only=True) for name in "ab")
+        one, other = (torch.load(tmp_path / name / f"A{stage}.trained.pt",
+                                 weights_only=True) for name in "ab")
         assert all(torch.equal(one[key], other[key]) for key in one)
         network = derive.Network(Arch.from_json((searched / f"A{stage}.json").read_text()))
         network.load_state_dict(one)
@@ -99,7 +100,8 @@ def test_a_network_stands_in_the_results_from_scratch_and_from_inherited_weights
     rows = json.loads((tmp_path / "trained.json").read_text())
     assert [(row["name"], row["init"]) for row in rows] == [("A0", "inherit"), ("A0", "scratch")]
     assert capsys.readouterr().out.count(train.saving(rows, "A0")) == 1
-    one, other = (torch.load(tmp_path / f"{name}.trained.pt", weights_only=True) for name in ("A0", "A0.inherit"))
+    one, other = (torch.load(tmp_path / f"{name}.trained.pt", weights_only=True) for name in ("A0",
+                                                                                              "A0.inherit"))
     assert not torch.equal(one["head.weight"], other["head.weight"])
     train.main([arch, *FAST, *out, "--resume"])                                        # both are trained
     train.main([arch, *FAST, *out, "--resume", "--init", "inherit"])
@@ -137,7 +139,8 @@ def test_an_onnx_file_computes_the_same(searched, tmp_path):
 
 
 def test_an_exported_program_computes_the_same_without_this_code(searched, tmp_path):
-    train.main([str(searched / "A0.json"), *FAST, "--out", str(tmp_path), "--export", str(tmp_path / "net.pt2")])
+    train.main([str(searched / "A0.json"), *FAST, "--out", str(tmp_path), "--export",
+                str(tmp_path / "net.pt2")])
     network = derive.Network(Arch.from_json((searched / "A0.json").read_text())).eval()
     network.load_state_dict(torch.load(tmp_path / "A0.trained.pt", weights_only=True))
     x = torch.rand(3, 1, 28, 28, generator=data.generator(0))
@@ -146,9 +149,11 @@ def test_an_exported_program_computes_the_same_without_this_code(searched, tmp_p
         torch.testing.assert_close(found, network(x), rtol=1e-5, atol=1e-5)
 
 
-def test_validation_writes_nothing_and_asks_for_no_test_image(searched, tmp_path, capsys):
-    before = {path.name for path in searched.iterdir()}
+def test_validation_writes_nothing_and_asks_for_no_test_image(searched, monkeypatch, capsys):
+    before, load, asked = {path.name for path in searched.iterdir()}, data.load, []
+    monkeypatch.setattr(data, "load", lambda name, part: (asked.append(part), load(name, part))[1])
     train.main([str(searched / "A0.json"), "--data", "fake", "--epochs", "1", "--validate"])
+    assert asked == ["train"]
     assert {path.name for path in searched.iterdir()} == before
     assert "accuracy" in capsys.readouterr().out
 
@@ -163,7 +168,18 @@ def refused(main, flags, says, capsys):
 
 @pytest.mark.parametrize("given, shown", [("1us", "0.001"), ("1s", "1000.000")])
 def test_a_time_that_no_network_takes_is_refused(searched, given, shown, capsys):
-    refused(derive.main, [str(searched), "--latency", given], f"{shown} ms is out of reach: networks have ", capsys)
+    refused(derive.main, [str(searched), "--latency", given], f"{shown} ms is out of reach: networks have ",
+            capsys)
+
+
+def test_without_a_budget_it_is_the_last_stages_most_likely(searched, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "net.json")]
+    derive.main([str(searched), *out])
+    best = derive.derive(derive.open_supernet(searched, 1))
+    assert Arch.from_json((tmp_path / "net.json").read_text()) == best
+    derive.main([str(searched), "--stage", "0", "--refine", "2", *out])
+    assert Arch.from_json((tmp_path / "net.json").read_text()).stage == 0
+    assert "under the budget" not in capsys.readouterr().out
 
 
 def test_a_budget_gives_a_network_that_keeps_it(searched, tmp_path, capsys):
@@ -180,7 +196,8 @@ def test_a_budget_of_time_gives_a_network_whose_layers_keep_it(searched, tmp_pat
     low, high = derive.bounds(derive.measured_costs(supernets, searched / "latency.json")[0])
     for more in ([], ["--refine", "2"]):
         capsys.readouterr()
-        derive.main([str(searched), "--latency", f"{(low + high) / 2e6}ms", "--out", str(tmp_path / "net.json"), *more])
+        derive.main([str(searched), "--latency", f"{(low + high) / 2e6}ms", "--out",
+                     str(tmp_path / "net.json"), *more])
         out = capsys.readouterr().out
         assert "20 random networks" in out and "layers in" not in out and "measured as a whole" in out
         with pytest.raises(SystemExit):
@@ -198,25 +215,33 @@ def test_the_front_reaches_from_the_cheapest_to_the_dearest(searched, tmp_path):
     macs = [row["flops"] for row in rows]
     assert macs == sorted(set(macs)) and macs[0] == ends[0][0] and macs[-1] == ends[1][1]
     for row in rows:
-        assert derive.macs(Arch.from_json(json.dumps(row["arch"]))) == row["flops"] and 0 <= row["accuracy"] <= 1
+        assert derive.macs(Arch.from_json(json.dumps(row["arch"]))) == row["flops"]
+        assert 0 <= row["accuracy"] <= 1
 
 
 def test_a_stopped_training_goes_on_within_its_epoch(searched, tmp_path, monkeypatch, capsys):
     arch, more = str(searched / "A0.json"), ["--ema", "0.9", "--dropout", "0.2"]
     train.main([arch, *FAST, *more, "--out", str(tmp_path / "whole")])
     heard, looks = recipe.processes.heard, []
-    monkeypatch.setattr(recipe.processes, "heard", lambda caught: looks.append(1) or (2 if len(looks) == 24 else 0))
+    monkeypatch.setattr(recipe.processes, "heard",
+                        lambda caught: looks.append(1) or (2 if len(looks) == 24 else 0))
     with pytest.raises(SystemExit) as stopped:
         train.main([arch, *FAST, *more, "--out", str(tmp_path / "cut")])
     monkeypatch.setattr(recipe.processes, "heard", heard)
     assert stopped.value.code == 130 and "stopped in epoch 1 of A0, after step 6;" in capsys.readouterr().out
     saved = torch.load(tmp_path / "cut" / "A0.last.pt", weights_only=True)
     assert (len(saved["rows"]), saved["step"]) == (1, 6)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "load", lambda name, part: data.fake(1201, (0,)))
+        refused(train.main, [arch, *FAST, *more, "--out", str(tmp_path / "cut"), "--resume"],
+                "its data is 1,200 images of fake, not 1,201 images of fake", capsys)
     train.main([arch, *FAST, *more, "--out", str(tmp_path / "cut"), "--resume"])
     assert trained(tmp_path / "whole") == trained(tmp_path / "cut")
-    one, other = (torch.load(tmp_path / name / "A0.trained.pt", weights_only=True) for name in ("whole", "cut"))
+    one, other = (torch.load(tmp_path / name / "A0.trained.pt", weights_only=True) for name in ("whole",
+                                                                                                "cut"))
     assert all(torch.equal(one[key], other[key]) for key in one)
-    rows = [json.loads((tmp_path / name / "trained.json").read_text())[0]["epochs"] for name in ("whole", "cut")]
+    rows = [json.loads((tmp_path / name / "trained.json").read_text())[0]["epochs"] for name in ("whole",
+                                                                                                 "cut")]
     assert [e["loss"] for e in rows[0]] == [e["loss"] for e in rows[1]]
 
 
@@ -244,7 +269,8 @@ def test_a_killed_training_loses_no_more_than_a_checkpoints_steps(searched, tmp_
 
 def test_a_loss_that_is_not_finite_ends_the_training_and_is_not_saved(searched, tmp_path, monkeypatch):
     entropy, calls = recipe.F.cross_entropy, []
-    monkeypatch.setattr(recipe.F, "cross_entropy", lambda *x, **more: calls.append(1) or entropy(*x, **more) * (
+    monkeypatch.setattr(recipe.F, "cross_entropy", lambda *x, **more: calls.append(1) or entropy(*x,
+                                                                                                 **more) * (
         float("nan") if len(calls) == 25 else 1))
     with pytest.raises(SystemExit, match="the loss of A0 is not finite in epoch 1; try a lower --lr"):
         train.main([str(searched / "A0.json"), *FAST, "--out", str(tmp_path)])
@@ -254,4 +280,5 @@ def test_a_loss_that_is_not_finite_ends_the_training_and_is_not_saved(searched, 
 
 def test_two_trainings_do_not_share_a_folder(searched, tmp_path, capsys):
     with files.lock(tmp_path):
-        refused(train.main, [str(searched / "A0.json"), *FAST, "--out", str(tmp_path)], "in use by another", capsys)
+        refused(train.main, [str(searched / "A0.json"), *FAST, "--out", str(tmp_path)], "in use by another",
+                capsys)
