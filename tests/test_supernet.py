@@ -252,6 +252,7 @@ def test_an_alpha_step_moves_the_sampled_options_alone_whatever_their_momentum()
         alpha_step(net, None, adam, net.weights(), net.alphas(), lambda: None, (images(4, 1, 16, step), y), 1,
                    1.0, 0.0, (step,))
         assert all(torch.equal(dict(net.named_parameters())[name], p) for name, p in weights.items())
+        assert all(p.grad is None for p in net.weights())               # nor is it computed
         for a, old, (_, moving) in zip(net.alphas(), before, wanted, strict=True):
             assert tuple((a.detach() != old).nonzero().flatten().tolist()) == moving
             stale += int(adam.state[a]["exp_avg"].count_nonzero()) - len(moving)
