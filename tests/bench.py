@@ -243,7 +243,7 @@ def outside(loader, parts, epochs):
 
 def growth(repeats):
     old = SuperNet(SPACES["paper"][3], 3, 100)
-    seconds = timed({"grow": lambda: grow(old, SPACES["paper"][4])}, repeats, warm=1)["grow"]
+    seconds = timed({"grow": lambda: grow(old, SPACES["paper"][4])}, repeats, warm=0)["grow"]
     return [("seconds to grow the paper's A3 into A4", seconds, "<= 5", repeats)]
 
 
@@ -252,7 +252,7 @@ def linearity(repeats, size):
     spaces, sizes = SPACES["paper"], (16, 32, 64, 128, 256)
     by_stage = {s.stage: Steps(s, 4, size).update_two for s in spaces}
     by_batch = {batch: Steps(SPACES["small"][0], batch, 28, 1).update_two for batch in sizes}
-    stages, batches = timed(by_stage, repeats), timed(by_batch, 2 * repeats)
+    stages, batches = timed(by_stage, repeats, 1), timed(by_batch, 2 * repeats, 1)
     return [("R2 of seconds a step against blocks, paper's A0..A4",
              r2([len(s.blocks) for s in spaces], [stages[s.stage] for s in spaces]), ">= 0.98", repeats),
             ("R2 of seconds a step against batch size, small A0",
@@ -321,12 +321,12 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.full_size:
         return print(full_size(8))
-    repeats, few, many, size, paths, batch = (2, 1, 3, 48, 1, 4) if args.quick else (9, 9, 54, 96, 5, 16)
+    repeats, few, many, size, paths, batch = (2, 1, 2, 48, 1, 4) if args.quick else (9, 9, 54, 96, 5, 16)
     torch.manual_seed(0)
     rows = [*two_paths_against_all(0, repeats, 4, size), *two_paths_against_all(4, few, 4, size),
             *overheads("small A4", SPACES["small"][4], paths, repeats, 32, 28, 1),
             *overheads("paper's A4", SPACES["paper"][4], paths, repeats, batch, size, 3),
-            *loading(repeats, 0.06 if args.quick else 0.15), *growth(max(1, repeats // 3)),
+            *loading(repeats, 0.04 if args.quick else 0.15), *growth(max(1, repeats // 3)),
             *linearity(many, size)]
     machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
                "torch": torch.__version__, "quick": args.quick}
