@@ -20,8 +20,8 @@ METHODS = {"cst": "curriculum supernet training, the paper's",
            "naive": "grown with random new weights, without a teacher",
            "scaling": "A1.. are A0's network in larger widths and depths, not searched"}
 # The paper's epochs and batch size; our small space takes a hundredth of the epochs. All else is ours.
-DEFAULTS = {"paper": {"epochs": [100, 60, 60, 60, 60], "batch_size": 1024, "lr": 0.4, "alpha_lr": 0.01},
-            "small": {"epochs": [1, 0.6, 0.6, 0.6, 0.6], "batch_size": 32, "lr": 0.1, "alpha_lr": 0.02}}
+DEFAULTS = {"paper": {"epochs": [100.0, *[60.0] * 4], "batch_size": 1024, "lr": 0.4, "alpha_lr": 0.01},
+            "small": {"epochs": [1.0, *[0.6] * 4], "batch_size": 32, "lr": 0.1, "alpha_lr": 0.02}}
 RESOLUTION = {"paper": 224, "small": 32}        # of the images of a folder
 DATA = {"data": "fashion", "classes": None, "resolution": None, "workers": None, "skip_broken": False}
 

@@ -17,7 +17,6 @@ import math
 import os
 import signal
 import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +30,7 @@ from results import FILES, OPS, Missing, curves, entropies, history, measured, n
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")      # Okabe and Ito's
 MARKS = "osD^vPX"                                               # one more than colours: 42 different pairs
+STARS = "*Xd<>8"                                                # of networks that were not searched
 STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 8, "xtick.labelsize": 8,
          "ytick.labelsize": 8, "axes.linewidth": 0.6, "lines.linewidth": 1.2, "lines.markersize": 5,
          "hatch.linewidth": 0.7, "patch.linewidth": 0.7, "axes.spines.top": False,
@@ -58,6 +58,9 @@ def curve(runs, path):
         styles[label] = {"color": COLOURS[n % len(COLOURS)], "marker": MARKS[n % len(MARKS)]}
         handles.append(Line2D([], [], **styles[label], **DRAWN[files[0]][1] | {"ls": ""},
                               label=f"{label}, n = " + "..".join(map(str, sorted({min(sizes), max(sizes)})))))
+    families = dict(zip(dict.fromkeys(name.partition(" x")[0] for name in others), itertools.cycle(STARS)))
+    handles += [Line2D([], [], color="black", marker=mark, ms=7, ls="", label=family)
+                for family, mark in families.items()]
     if any(len(p) > 1 for group in (others, *(line.points for line in lines)) for p in group.values()):
         handles.append(Line2D([], [], color="0.3", marker="|", ms=8, lw=0.8,
                               label="standard deviation over n seeds"))
@@ -68,10 +71,10 @@ def curve(runs, path):
             axis, bars = panels[row, column], {"elinewidth": 0.8, "capsize": 2}
             texts = notes[axis] = []
             for name, points in others.items() if file == "trained.json" else ():
-                mean, std = spread(points)
+                (mean, std), (family, _, width) = spread(points), name.partition(" x")
                 axis.errorbar(mean[column], mean[2], std[2], std[column], label=name, color="black",
-                              marker="*", ms=7, **bars)
-                texts.append((*mean[[column, 2]], textwrap.fill(name, 18), True))
+                              marker=families[family], ms=7, **bars)
+                texts += [(*mean[[column, 2]], f"x{width}", True)] * bool(width)
             for n, line in enumerate(line for line in lines if line.file == file):
                 mean, std = (np.array(values) for values in zip(*map(spread, line.points.values())))
                 axis.errorbar(mean[:, column], mean[:, 2], std[:, 2], std[:, column], label=line.label,

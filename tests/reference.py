@@ -3,7 +3,7 @@
     python tests/reference.py runs/001
 
 MobileNetV3-small, MobileNetV2 and ShuffleNetV2, each at the width that comes nearest to the MACs of a target,
-as rows of the run's trained.json, which plot.py draws as stars: the same images, recipe, initialisation and
+as rows of the run's trained.json, which plot.py draws in black: the same images, recipe, initialisation and
 seed, and train.py's flags for them.
 
 Adapted to 28 x 28 pixels as the small space is: stem of stride 2, two more strides (28, 14, 7, 4), 256

@@ -408,3 +408,12 @@ def test_a_thousand_mutations_of_json_are_refused_or_read_as_they_stand(finished
             refusals += 1
             assert "\n" not in str(error)
     assert 500 < refusals < 1000, refusals
+
+
+@pytest.mark.parametrize("space", flags.DEFAULTS)
+def test_a_run_gone_on_with_writes_the_same_args_json(space, tmp_path):
+    """To the last character: what is written otherwise is another experiment to plot.py."""
+    args = flags.settings(flags.parser(), ["--space", space, "--out", str(tmp_path / "run")])
+    args.flops_target = flops.TARGETS[space]
+    before = json.dumps(flags.kept(args))
+    assert json.dumps(flags.kept(flags.begun(json.loads(before))[1])) == before

@@ -149,16 +149,20 @@ def test_networks_from_inherited_weights_are_a_line_of_their_own(unsaved, tmp_pa
     assert [t.get_text() for t in figure.legends[0].texts] == [f"{name}, n = 1", f"{name}, inherit, n = 1"]
 
 
-def test_other_networks_are_points_with_their_name(unsaved, tmp_path):
+def test_other_networks_are_points_with_their_familys_mark_and_their_width(unsaved, tmp_path):
     runs = [make(tmp_path / "a"), make(tmp_path / "b", 1)]
     for run, more in zip(runs, ((("Other", 0, 3e6, 3e5, 0.87),), ())):
-        trained(run, ("A0", 0, 1e6, 1e5, 0.8), ("MobileNetV2", 0, 2e6, 2e5, 0.85), *more)
+        trained(run, ("A0", 0, 1e6, 1e5, 0.8), ("MobileNetV2 x0.3", 0, 2e6, 2e5, 0.85), *more)
     lines, others = results.curves(runs)
     assert [list(line.points) for line in lines] == [["A0"], ["A0", "A1", "A2"]]
-    assert {name: points.tolist() for name, points in others.items()} == {"MobileNetV2": [[2, 0.2, 85]],
+    assert {name: points.tolist() for name, points in others.items()} == {"MobileNetV2 x0.3": [[2, 0.2, 85]],
                                                                          "Other": [[3, 0.3, 87]]}
-    axis = plot.curve(runs, tmp_path / "curve.png").axes[0]
-    assert {"MobileNetV2", "Other", "A0"} == {t.get_text() for t in axis.texts}
+    figure = plot.curve(runs, tmp_path / "curve.png")
+    assert {"x0.3", "A0"} == {t.get_text() for t in figure.axes[0].texts}
+    marks = {line.get_label(): line.get_marker() for line in figure.legends[0].legend_handles}
+    stars = {name: line.get_marker() for name, (line, _) in drawn(figure.axes[0]).items() if name in others}
+    assert stars == {"MobileNetV2 x0.3": marks["MobileNetV2"], "Other": marks["Other"]}
+    assert stars["Other"] != stars["MobileNetV2 x0.3"]
 
 
 def test_texts_of_the_curve_hide_nothing(unsaved, tmp_path):

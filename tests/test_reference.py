@@ -41,7 +41,7 @@ def test_at_width_1_only_the_stem_the_strides_and_the_head_are_not_torchvisions(
     assert inner(reference.BUILDERS[name](1.0, 1, 10, 0.0)) == inner(ORIGINALS[name]())
 
 
-def test_they_become_stars_of_the_curve(tmp_path, capsys):
+def test_they_become_points_of_the_curve(tmp_path, capsys):
     net = SuperNet(SPACES["small"][0], 1, 10, data.generator(0))
     ours = arch(net, [(0, len(b.block.expansions) // 2, len(b.block.widths) // 2) for b in net.blocks])
     (tmp_path / "A0.json").write_text(ours.to_json())
