@@ -61,15 +61,18 @@ def export(network, file):
     x = torch.randn(2, arch.in_channels, arch.resolution, arch.resolution)
     batch = {0: torch.export.Dim("batch")}
     temporary = file.with_name(f"part.{file.name}")
-    if file.suffix == ".onnx":
-        torch.onnx.export(network, (x,), temporary, dynamo=True, dynamic_shapes=(batch,), verbose=False)
-    else:
-        torch.export.save(torch.export.export(network, (x,), dynamic_shapes=(batch,)), temporary)
-        with torch.no_grad():
-            moved = float((torch.export.load(temporary).module()(x) - network(x)).abs().max())
-        if moved > 1e-4:
-            raise files.Refused(f"the logits of {temporary} differ by {moved:.1e} from the network's")
-    os.replace(temporary, file)
+    try:
+        if file.suffix == ".onnx":
+            torch.onnx.export(network, (x,), temporary, dynamo=True, dynamic_shapes=(batch,), verbose=False)
+        else:
+            torch.export.save(torch.export.export(network, (x,), dynamic_shapes=(batch,)), temporary)
+            with torch.no_grad():
+                moved = float((torch.export.load(temporary).module()(x) - network(x)).abs().max())
+            if moved > 1e-4:
+                raise files.Refused(f"the logits of {file} differ by {moved:.1e} from the network's")
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
     print(f"exported: {file}")
 
 
@@ -179,6 +182,14 @@ def check(p, args, archs, folder, images):
         p.error("--export to .onnx needs onnx: pip install onnx onnxscript, or export to .pt2")
 
 
+def completed(args, space, device):
+    """A copy of `args` with the defaults of a space, and of a device, for what was not given."""
+    defaults = DEFAULTS["paper" if space == "paper" else "small"] | {"autocast": device.type == "cuda"}
+    given = {key: value if getattr(args, key) is None else getattr(args, key)
+             for key, value in defaults.items()}
+    return argparse.Namespace(**vars(args) | given)
+
+
 def check_size(p, name, arch, args, images, device):
     """End in p.error for a batch that does not fit images or processes, or an `Arch` beyond the memory."""
     if args.batch_size > images:
@@ -235,9 +246,7 @@ def train_all(p, args, archs, folder, out, device, images, test, caught):
     rows = processes.first(read_rows, results)
     for name, searched in archs.items():
         arch = searched._replace(classes=images.classes, resolution=images.resolution)  # as the images are
-        given = argparse.Namespace(**vars(args))
-        for key, value in DEFAULTS["paper" if arch.space == "paper" else "small"].items():
-            setattr(given, key, value if getattr(args, key) is None else getattr(args, key))
+        given = completed(args, arch.space, device)
         given.data = f"{len(index):,} images of {getattr(images, 'digest', args.data)}"
         processes.first(check_size, p, name, arch, given, len(index), device)
         label = name if args.init == "scratch" else f"{name}.{args.init}"     # what its files are called
@@ -287,8 +296,6 @@ def main(argv=None):
     test = images if args.validate else flags.images(p, wanted, "test", known)
     args.data = wanted.data
     processes.first(check, p, args, archs, folder, images)
-    if args.autocast is None:
-        args.autocast = device.type == "cuda"
     with contextlib.ExitStack() as stack, processes.signals() as caught, flags.explained(p, out):
         processes.first(flags.hold, p, out, stack)
         train_all(p, args, archs, folder, out, device, images, test, caught)

@@ -119,13 +119,10 @@ def main(argv=None):
             p.error(f"--{flag} is for train.py alone")
     archs, folder = train.networks(p, own.dir)
     args.data = (wanted := train.source(p, args, archs, folder)).data
-    space = next(iter(archs.values())).space
-    for key, value in train.DEFAULTS["paper" if space == "paper" else "small"].items():
-        setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
     images, test = (flags.images(p, wanted, part, folder) for part in ("train", "test"))
     train.check(p, args, archs, folder, images)
     device, index = processes.choose_device(p, args.device), torch.arange(len(images.labels))
-    args.autocast = device.type == "cuda" if args.autocast is None else args.autocast
+    args = train.completed(args, next(iter(archs.values())).space, device)
     stats, channels, pixels = images.statistics(index), images.channels, images.resolution
     loader, tester = (part.loader(stats, args.batch_size, device) for part in (images, test))
     results = folder / "trained.json"

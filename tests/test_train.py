@@ -5,6 +5,7 @@ The oracle is a second run, a reloaded program, or the files that must be there.
 """
 import json
 import re
+import types
 
 import pytest
 import torch
@@ -147,6 +148,16 @@ def test_an_exported_program_computes_the_same_without_this_code(searched, tmp_p
     with torch.no_grad():
         found = torch.export.load(tmp_path / "net.pt2").module()(x)
         torch.testing.assert_close(found, network(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_program_that_computes_something_else_leaves_no_file(searched, tmp_path, monkeypatch):
+    network = derive.Network(Arch.from_json((searched / "A0.json").read_text()))
+    other = derive.Network(network.arch).eval()
+    program = types.SimpleNamespace(module=lambda: other)
+    monkeypatch.setattr(torch.export, "load", lambda file: program)
+    with pytest.raises(files.Refused, match=f"the logits of {tmp_path}/net.pt2 differ by"):
+        train.export(network, tmp_path / "net.pt2")
+    assert not any(tmp_path.iterdir())
 
 
 def test_validation_writes_nothing_and_asks_for_no_test_image(searched, monkeypatch, capsys):
