@@ -26,7 +26,7 @@ def conv(x, layer, outputs, columns=None):
     """
     bias = None if layer.bias is None else layer.bias[:outputs]
     if layer.kernel_size == (1, 1):
-        weight = layer.weight[:outputs, :x.shape[1], 0, 0]                     # (o, i)
+        weight = layer.weight.flatten(1)[:outputs, :x.shape[1]]                # (o, i)
         weight = weight if columns is None else weight * columns
         return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
     groups, kernel, padding = outputs if layer.groups > 1 else 1, layer.kernel_size[0], layer.padding
