@@ -62,12 +62,14 @@ def inserted(old, new, path, g):
     return found
 
 
-@pytest.mark.parametrize("name, widen", [("small", "eq3"), ("small", "zero"), ("paper", "eq3")])
+@pytest.mark.parametrize("name, widen, stages", [
+    ("small", "eq3", 4), ("small", "zero", 4), ("paper", "eq3", 1),
+    pytest.param("paper", "eq3", 4, marks=pytest.mark.slow)])
 @torch.no_grad()
-def test_the_grown_supernet_computes_the_same_at_its_largest(name, widen, monkeypatch):
+def test_the_grown_supernet_computes_the_same_at_its_largest(name, widen, stages, monkeypatch):
     monkeypatch.setattr(nn.init, "kaiming_uniform_", lambda *_, **__: None)         # overwritten, and slow
     x, g = images(2, 3, 32, 50), seeded(9)
-    for old, new in small(widen) if name == "small" else chain(name, widen):
+    for old, new in small(widen) if name == "small" else chain(name, widen, stages):
         for op in range(8):
             before = old(x, old.path([(op, -1, -1)] * len(old.blocks)))
             after = new(x, new.path([(op, -1, -1)] * len(new.blocks)))

@@ -9,6 +9,7 @@ import random
 import re
 import resource
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -24,8 +25,13 @@ SHORT = ["--data", "fake", "--epochs", "0.4", "--batch-size", "32", "--checkpoin
 
 
 def run(out, *more):
-    search.main([*SHORT, "--stages", "2", "--out", str(out), *more])
+    main(*SHORT, "--stages", "2", "--out", str(out), *more)
     return contents(out)
+
+
+def main(*flags):
+    with mock.patch.object(search.plot, "curve"):  # it takes a third of such a run, and is tested elsewhere
+        search.main([*flags])
 
 
 def contents(out):
@@ -82,7 +88,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(undisturbed, tmp_path, loo
         run(out)
     assert stopped.value.code == 143 and f"--resume --out {out}" in capsys.readouterr().out
     monkeypatch.undo()
-    search.main(["--resume", "--out", str(out)])
+    main("--resume", "--out", str(out))
     assert same(undisturbed, contents(out))
 
 
@@ -140,7 +146,7 @@ def test_the_methods_differ_in_growth_and_teacher(tmp_path, flags, grown, taught
 
 def test_compound_scaling_searches_a0_alone(tmp_path):
     out = tmp_path / "run"
-    search.main([*SHORT, "--stages", "2", "--method", "scaling", "--epochs", "0.1", "--out", str(out)])
+    main(*SHORT, "--stages", "2", "--method", "scaling", "--epochs", "0.1", "--out", str(out))
     first, second = json.loads((out / "summary.json").read_text())
     assert second["accuracy"] is None and not (out / "A1.pt").exists()
     assert first["flops"] < second["flops"] <= 1.65e6                      # the small space's target for A1
@@ -237,7 +243,7 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on(undisturbed, tmp_path,
     saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     whole = torch.load(undisturbed["out"] / "last.pt", weights_only=True)
     assert saved["stage"] == whole["stage"] and saved["step"] < whole["step"]
-    search.main(["--resume", "--out", str(tmp_path / "run")])
+    main("--resume", "--out", str(tmp_path / "run"))
     assert same(undisturbed, contents(tmp_path / "run"))
 
 

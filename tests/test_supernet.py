@@ -251,7 +251,8 @@ def test_an_alpha_step_moves_the_sampled_options_alone_whatever_their_momentum()
         wanted = active(net, net.sample(1.0, data.generator(step, 1)))
         alpha_step(net, None, adam, net.weights(), net.alphas(), lambda: None, (images(4, 1, 16, step), y), 1,
                    1.0, 0.0, (step,))
-        assert all(torch.equal(dict(net.named_parameters())[name], p) for name, p in weights.items())
+        now = dict(net.named_parameters())
+        assert all(torch.equal(now[name], p) for name, p in weights.items())
         assert all(p.grad is None for p in net.weights())               # nor is it computed
         for a, old, (_, moving) in zip(net.alphas(), before, wanted, strict=True):
             assert tuple((a.detach() != old).nonzero().flatten().tolist()) == moving
