@@ -96,6 +96,7 @@ class Steps:
         self.y = torch.randint(classes, (batch,), generator=self.g)
         settings = argparse.Namespace(lr=0.01, weight_decay=1e-4, alpha_lr=0.01)
         self.sgd, self.adam = search.optimisers(self.net, settings)
+        self.weights, self.alphas = self.net.weights(), self.net.alphas()
 
     def two_paths(self, teacher=None):
         return step.two_paths(self.net, teacher, self.x, self.y, 1.0, 0.5, self.g)[0]
@@ -108,18 +109,17 @@ class Steps:
 
     def update(self, loss, alphas=True):
         """A step of the weights, then one of alpha, by the same loss function."""
-        weights = self.net.weights()
-        require_grad(self.net.alphas(), False)
+        require_grad(self.alphas, False)
         self.sgd.zero_grad()
         loss().backward()
         self.sgd.step()
         if alphas:
-            require_grad(weights, False)
-            require_grad(self.net.alphas(), True)
+            require_grad(self.weights, False)
+            require_grad(self.alphas, True)
             loss().backward()
             self.adam.step()
             self.adam.zero_grad()
-            require_grad(weights, True)
+            require_grad(self.weights, True)
 
 
 def memory(steps, loss):
@@ -132,7 +132,7 @@ def memory(steps, loss):
         if storage.data_ptr() not in owned:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
-    require_grad(steps.net.alphas(), False)
+    require_grad(steps.alphas, False)
     steps.sgd.zero_grad()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         value = loss()
@@ -178,7 +178,8 @@ def overheads(name, space, paths, repeats, batch, size, channels):
     teacher = Network(arch(steps.net, [(0, 0, 0)] * len(space.blocks))).eval()
     for _ in range(paths):
         path, plain = two_networks(steps)
-        steps.net.sample = lambda tau, generator, path=path: path
+        draw = steps.net.sample
+        steps.net.sample = lambda *given, path=path, draw=draw: (draw(*given), path)[1]  # drawn, then this
         times = timed({"two": lambda: steps.update_two(), "plain": plain,
                        "taught": lambda: steps.update(lambda: steps.two_paths(teacher), alphas=False)},
                       repeats)
@@ -293,7 +294,7 @@ def costs_of(steps, teacher, batch):
     with torch.no_grad():
         taught = flops_of(lambda: teacher(steps.x), 1) / batch if teacher else 0.0
         student = flops_of(steps.two_paths, 8) / batch
-    weights = 4 * sum(p.numel() for p in steps.net.weights())
+    weights = 4 * sum(p.numel() for p in steps.weights)
     text = (f"{times[False]:>11.1f}{times[True] - times[False]:>10.1f}{held / 2 ** 30:>11.2f}"
             f"{weights / 2 ** 30:>12.2f}{student / 1e9:>15.2f}{taught / 1e9:>9.2f}")
     return text, 3 * student + taught + (2 * student + taught) / 5
