@@ -13,7 +13,7 @@ import flops
 import folder
 import processes
 from grow import WIDENINGS
-from space import SPACES
+from space import SPACES, total_stride
 
 METHODS = {"cst": "curriculum supernet training, the paper's",
            "direct": "every stage from scratch, without a teacher",
@@ -130,6 +130,7 @@ def aim(p, args, images):
     shape = images.channels, images.resolution, images.classes
     found = args.flops_target or flops.targets(args.space, *shape)
     for space, target in zip(SPACES[args.space][:args.stages], found):
+        fit(p, args, images.resolution, f"A{space.stage}", space.blocks)
         space = space._replace(resolution=images.resolution)
         low, high = flops.bounds(flops.costs(space, images.channels, images.classes))
         if target and not low <= target <= high:
@@ -221,6 +222,20 @@ def pieces(p, args):
         p.error(f"--accumulate {args.accumulate} is more than the {mine} images that a process has of a "
                 "batch")
     return math.ceil(mine / args.accumulate)
+
+
+def fit(p, args, size, name, blocks):
+    """End in p.error where `size` pixels a side are too few for the strides of network `name`, or a piece of
+    a batch has too few for batch norm.
+    """
+    strides = total_stride(blocks)
+    if 2 * size <= strides:
+        p.error(f"{size} pixels a side are too few for {name}, whose strides make one of {strides}: take a "
+                "larger --resolution")
+    mine, most = args.batch_size // processes.share()[1], pieces(p, args)
+    if size <= strides and (mine % most or most) == 1:          # the last piece has what is left
+        p.error(f"a piece of one image, of which {name} leaves one pixel, is too little for batch norm: take "
+                "a larger --batch-size, a smaller --accumulate, or a larger --resolution")
 
 
 def settings(p, argv):

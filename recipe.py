@@ -109,8 +109,9 @@ def train(network, loader, index, tester, test_index, args, name, stage, checkpo
                     seconds, clock = seconds + now - clock, now
                     keep()
                     if stopped:
-                        print(f"stopped in epoch {epoch} of {name}, after step {begin}; the same command "
-                              "with --resume goes on", flush=True)
+                        on = ("nothing is kept of a --validate" if args.validate else
+                              "the same command with --resume goes on")
+                        print(f"stopped in epoch {epoch} of {name}, after step {begin}; {on}", flush=True)
                         raise SystemExit(128 + stopped)
         processes.spread(network)
         if average:

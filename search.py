@@ -221,7 +221,7 @@ def train_stage(supernet, teacher, sgd, adam, loader, parts, args, run, caught):
 
                 run["step"] = step + 1
                 bar.update()
-                if (step + 1 - first) % 50 == 0:    # now and then: reading a number waits for the device
+                if (step + 1) % 50 == 0 or step + 1 == last:    # reading a number waits for the device
                     report(bar, f"A{stage} step", step + 1, steps, run["means"], tau, lam)
                 if (step + 1) % HISTORY == 0:
                     run["alphas"].append([step + 1, supernet.probabilities()])
@@ -252,9 +252,9 @@ def dry_run(args, images, parts, device):
         supernet = SuperNet(space, **shape).to(device)
         sgd, adam = optimisers(supernet, args)
         still = {"lr": 0.0, "alpha_lr": 0.0}        # only time is asked for: no number can go bad
-        ten = {**vars(args), **still, "epochs": [10 / epoch_length] * 5, "checkpoint_every": 5}
-        ten, run = argparse.Namespace(**ten), blank()
-        training = train_stage(supernet, teacher, sgd, adam, loader, parts, ten, run, [])
+        few = {**vars(args), **still, "epochs": [11 / epoch_length] * 5, "checkpoint_every": 5}
+        few, run = argparse.Namespace(**few), blank()
+        training = train_stage(supernet, teacher, sgd, adam, loader, parts, few, run, [])
         while run["step"] < 5:                      # five steps to warm up, and five to measure
             next(training)
         clock = time.perf_counter()
@@ -309,7 +309,7 @@ def report(bar, label, step, steps, totals, tau, lam):
     text = f"loss {found['loss']:.3f} acc {100 * found['accuracy']:.1f} % tau {tau:.2f} lambda {lam:.2f}"
     if not bar.disable:
         bar.set_postfix_str(text)
-    elif step % 250 == 0:
+    elif step % 250 == 0 or step == steps:
         print(f"{label} {step}/{steps}  {text}", flush=True)
 
 

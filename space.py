@@ -265,10 +265,15 @@ class Arch(NamedTuple):
             blocks.append(_block(row, width, f"block {n}"))
             width = blocks[-1].out
         arch = cls(**found | {"blocks": tuple(blocks)})
-        strides = 2 * math.prod(b.stride for b in blocks)
+        strides = total_stride(blocks)
         _need(2 * arch.resolution > strides,
               f"resolution {arch.resolution} is too small for a total stride of {strides}")
         return arch
+
+
+def total_stride(blocks):
+    """Of the stem and the `blocks`: so many pixels a side become one."""
+    return 2 * math.prod(b.stride for b in blocks)
 
 
 def _block(row, inputs, where):

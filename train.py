@@ -44,11 +44,19 @@ DEFAULTS = {"paper": {"epochs": 180, "batch_size": 1024, "lr": 0.4, "dropout": 0
 
 
 def initial(arch, args, folder):
-    """A `Network` of `arch` with random weights, or with those of its stage's supernet, in its folder."""
+    """A `Network` of `arch` with random weights, or with those of its stage's supernet, in its folder.
+
+    files.Refused if it is no part of that supernet.
+    """
     network = Network(arch, args.dropout)
     initialise(network, data.generator(args.seed, arch.stage, INITIAL))
     if args.init == "inherit":
-        inherit(network, open_supernet(folder, arch.stage))
+        supernet = open_supernet(folder, arch.stage)
+        try:
+            inherit(network, supernet)
+        except (RuntimeError, ValueError):              # more channels than the supernet has, or more blocks
+            raise files.Refused(f"the network is no part of the supernet in {folder / f'A{arch.stage}.pt'}, "
+                                "so it has no weights to begin with") from None
     return network
 
 
@@ -79,7 +87,7 @@ def export(network, file):
 def saving(rows, name):
     """What the supernet's weights save network `name`, in words; None unless it is trained both ways.
 
-    A cosine's last epochs are its best: the epochs of two schedules of the same length are compared.
+    A cosine's last epochs are its best, so the lengths of both schedules are named.
     """
     both = {row["init"]: row["epochs"] for row in rows if row["name"] == name}
     if len(both) < 2:
@@ -194,6 +202,7 @@ def check_size(p, name, arch, args, images, device):
     """End in p.error for a batch that does not fit images or processes, or an `Arch` beyond the memory."""
     if args.batch_size > images:
         p.error(f"--batch-size {args.batch_size} is more than the {images} images")
+    flags.fit(p, args, arch.resolution, name, arch.blocks)
     need, has = flops.training_memory(arch, flags.pieces(p, args)), flops.memory(device)
     if need > has:
         p.error(f"{name} needs {need / 2 ** 30:,.1f} GB to train with --batch-size {args.batch_size}, by an "
@@ -240,7 +249,7 @@ def train_all(p, args, archs, folder, out, device, images, test, caught):
     index = torch.arange(len(images.labels))
     test_index = torch.arange(len(test.labels))
     if args.validate:
-        index, test_index = data.split(images.labels, args.seed)
+        index, test_index = data.split(images.labels, args.split_seed)
     stats = images.statistics(index)
     results = out / "trained.json"
     rows = processes.first(read_rows, results)
@@ -254,6 +263,9 @@ def train_all(p, args, archs, folder, out, device, images, test, caught):
         trained = any(mine.items() <= row.items() for row in rows)
         before = processes.first(progress, label, checkpoint, trained, args.resume)
         if before == "trained":
+            row = next(row for row in rows if mine.items() <= row.items())
+            print(f"{label} is trained: {100 * row['epochs'][-1]['accuracy']:.2f} % after epoch "
+                  f"{len(row['epochs']) - 1}", flush=True)
             if args.export and processes.share()[0] == 0:
                 network = Network(arch)
                 network.load_state_dict(files.load(out / f"{label}.trained.pt"))
@@ -294,7 +306,7 @@ def main(argv=None):
     known = out if (out / "checked.json").exists() else folder
     images = flags.images(p, wanted, "train", known)
     test = images if args.validate else flags.images(p, wanted, "test", known)
-    args.data = wanted.data
+    args.data, args.split_seed = wanted.data, wanted.seed   # the parts that the search had
     processes.first(check, p, args, archs, folder, images)
     with contextlib.ExitStack() as stack, processes.signals() as caught, flags.explained(p, out):
         processes.first(flags.hold, p, out, stack)

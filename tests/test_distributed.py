@@ -2,7 +2,6 @@
 
 The oracles: one process on whole batches, an undisturbed run, and a count of what a sampled path consists of.
 """
-import argparse
 import contextlib
 import io
 import itertools
@@ -17,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_search import contents, same
+from test_search import BATCH, STEPS, contents, same, stage
 
 import data
 import flags
@@ -25,28 +24,8 @@ import ops
 import processes
 import search
 import supernet as supernet_module
-from derive import Network, derive
-from supernet import initialise
 
 ROOT = Path(__file__).parent.parent
-STEPS, BATCH = 20, 32
-
-
-def stage(space=0, taught=False, lr=0.1, steps=STEPS):
-    """A stage of so many steps on the `fake` patterns: its supernet, and `train_stage` about to begin."""
-    images = data.load("fake", "train")
-    parts = data.split(images.labels, 0)
-    loader = data.Loader(images, images.statistics(parts[0]), BATCH)
-    args = argparse.Namespace(batch_size=BATCH, epochs=[steps * BATCH / len(parts[0])] * 5, lr=lr, mu=1.0,
-                              alpha_lr=0.02, accumulate=1, weight_decay=1e-4, seed=0, checkpoint_every=1,
-                              flops_target=[1e6] * 5)
-    net = search.SuperNet(search.SPACES["small"][space], 1, 10, data.generator(0))
-    teacher = None
-    if taught:
-        teacher = Network(derive(search.SuperNet(search.SPACES["small"][0], 1, 10, data.generator(1)))).eval()
-        initialise(teacher, data.generator(2))
-    return net, search.train_stage(net, teacher, *search.optimisers(net, args), loader, parts, args,
-                                   search.blank(), [])
 
 
 def without_norm():

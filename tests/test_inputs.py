@@ -119,6 +119,10 @@ FLAGS = [
     ("search", "--data photos --classes 1", "--classes: .* at least 2"),
     ("search", "--data photos --classes 11", "11 are needed"),
     ("search", "--data photos --resolution 4", "--resolution: .* at least 8"),
+    ("search", "--data photos --resolution 16 --space paper --batch-size 2 --workers 0",
+     "16 pixels a side are too few for A0, whose strides make one of 32: take a larger --resolution"),
+    ("search", "--space paper --data fake --batch-size 5 --accumulate 3",  # of 2, 2 and 1
+     "a piece of one image, of which A0 leaves one pixel, .* a larger --batch-size, a smaller --accumulate"),
     ("search", "--data photos --workers -1", "--workers: .* at least 0"),
     ("search", "--data photos --batch-size 1000 --workers 0", "--batch-size 1000 is more than the .* images"),
     ("search", "--data cifar10", "put cifar-10-python.tar.gz into"),

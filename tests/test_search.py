@@ -3,6 +3,7 @@ says no clearly.
 
 The oracle is a second run: with the same seed, with another, undisturbed beside interrupted.
 """
+import argparse
 import json
 import multiprocessing
 import random
@@ -19,9 +20,12 @@ import ops as search_ops
 import search
 import step as step_module
 import supernet as supernet_module
+from derive import Network, derive, expected_macs, space_costs
+from supernet import initialise
 
 SHORT = ["--data", "fake", "--epochs", "0.4", "--batch-size", "32", "--checkpoint-every", "5",
          "--device", "cpu"]
+STEPS, BATCH = 20, 32
 
 
 def run(out, *more):
@@ -44,6 +48,24 @@ def contents(out):
         found[f"A{stage}"] = (out / f"A{stage}.json").read_text()
         found[f"weights {stage}"] = torch.load(out / f"A{stage}.pt", weights_only=True)
     return found
+
+
+def stage(space=0, taught=False, lr=0.1, steps=STEPS, **more):
+    """A stage of so many steps on the `fake` patterns: its supernet, and `train_stage` about to begin."""
+    images = data.load("fake", "train")
+    parts = data.split(images.labels, 0)
+    loader = data.Loader(images, images.statistics(parts[0]), BATCH)
+    args = {"batch_size": BATCH, "epochs": [steps * BATCH / len(parts[0])] * 5, "lr": lr, "mu": 1.0,
+            "alpha_lr": 0.02, "accumulate": 1, "weight_decay": 1e-4, "seed": 0, "checkpoint_every": 1,
+            "flops_target": [1e6] * 5}
+    args = argparse.Namespace(**args | more)
+    net = search.SuperNet(search.SPACES["small"][space], 1, 10, data.generator(0))
+    teacher = None
+    if taught:
+        teacher = Network(derive(search.SuperNet(search.SPACES["small"][0], 1, 10, data.generator(1)))).eval()
+        initialise(teacher, data.generator(2))
+    return net, search.train_stage(net, teacher, *search.optimisers(net, args), loader, parts, args,
+                                   search.blank(), [])
 
 
 def same(one, other):
@@ -92,13 +114,15 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(undisturbed, tmp_path, loo
     assert same(undisturbed, contents(out))
 
 
-def test_macs_rise_from_stage_to_stage_and_files_are_there(tmp_path):
+def test_macs_rise_from_stage_to_stage_and_files_are_there(tmp_path, capsys):
     search.main([*SHORT[:3], "0.05", "--device", "cpu", "--out", str(tmp_path / "run")])
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     macs = [row["flops"] for row in summary]
     assert len(macs) == 5 and macs == sorted(set(macs))
     assert set(summary[0]) == {"stage", "flops", "params", "accuracy", "seconds", "device_hours", "kwh",
                                "co2e_lb"}
+    said = re.findall(r"^A(\d) step (\d+)/(\d+)  loss", capsys.readouterr().out, re.MULTILINE)
+    assert said == [(str(k), "2", "2") for k in range(5)]                  # where a stage ends, at the least
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {"args.json", "log.jsonl", "last.pt", "summary.json", "curve.png",
                      *(f"A{k}.{end}" for k in range(5) for end in ("json", "pt"))}
@@ -120,6 +144,63 @@ def test_the_teacher_learns_nothing_and_the_student_does():
     loss.backward()
     assert all(p.grad is None for p in teacher.parameters())
     assert net.classifier.weight.grad.abs().sum() > 0 and 0 <= float(right) <= 1
+
+
+def test_both_steps_learn_from_the_teacher():
+    """A teacher that says what the student does leaves nothing to learn; half of its words halve the rest."""
+    net = search.SuperNet(search.SPACES["small"][0], 1, 10, data.generator(0)).train()
+    weights, alphas = net.weights(), net.alphas()
+    sgd, adam = torch.optim.SGD(weights, 0.0), torch.optim.Adam(alphas, 0.0)
+    batch = torch.rand(8, 1, 28, 28, generator=data.generator(1)), torch.arange(8)
+    for kind, parameters in ((0, weights), (1, alphas)):
+        def echo(x, kind=kind):
+            return net(x, net.sample(1.0, data.generator(0, 4, kind)))
+        found = []
+        for lam in (0.0, 0.5, 1.0):
+            how = batch, 1, 1.0, lam, (0, 4)
+            if kind:
+                step_module.alpha_step(net, echo, adam, weights, alphas, lambda: None, *how)
+            else:
+                step_module.weight_step(net, echo, sgd, weights, *how)
+            found.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
+        size = float(found[0].abs().max())
+        assert size > 1e-4 and float(found[2].abs().max()) < 1e-3 * size
+        torch.testing.assert_close(found[1], found[0] / 2, rtol=1e-3, atol=1e-4 * size)
+
+
+def test_each_step_has_its_own_part_of_the_images_and_the_teacher(monkeypatch):
+    drawn, used = {}, []
+
+    def shuffled(self, index, *position, **more):
+        for n in range(100):
+            batch = index[BATCH * n:BATCH * (n + 1)]
+            x, y = self.batch(batch)
+            drawn[id(x)] = (x, set(batch.tolist()))                        # kept, so that no id is used twice
+            yield x, y
+
+    def watched(call):
+        def run(net, teacher, optimiser, *given):
+            x, _ = next(value for value in given if isinstance(value, tuple))
+            used.append((call.__name__, teacher, drawn[id(x)][1]))
+            return call(net, teacher, optimiser, *given)
+        return run
+    monkeypatch.setattr(data.Loader, "shuffled", shuffled)
+    for name in ("weight_step", "alpha_step"):
+        monkeypatch.setattr(search, name, watched(getattr(search, name)))
+    list(stage(space=1, taught=True, steps=10)[1])
+    parts = [set(part.tolist()) for part in data.split(data.load("fake", "train").labels, 0)]
+    assert [name for name, *_ in used] == (["weight_step"] * 5 + ["alpha_step"]) * 2
+    for name, teacher, images in used:
+        assert isinstance(teacher, Network) and len(images) == BATCH and images <= parts[name == "alpha_step"]
+
+
+@pytest.mark.parametrize("target, sign", [(0.4e6, -1), (3e6, 1), (None, 0)])
+def test_the_pull_moves_the_mean_macs_to_the_target(target, sign):
+    net, steps = stage(steps=10, flops_target=[target] * 5, mu=100.0, alpha_lr=0.1)
+    before = float(expected_macs(net, space_costs(net)).detach())
+    row = list(steps)[-1]
+    change = row["expected_macs"] / before - 1
+    assert change * sign > 0.05 if sign else abs(change) < 0.05
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():

@@ -106,7 +106,9 @@ def test_a_network_stands_in_the_results_from_scratch_and_from_inherited_weights
     assert not torch.equal(one["head.weight"], other["head.weight"])
     train.main([arch, *FAST, *out, "--resume"])                                        # both are trained
     train.main([arch, *FAST, *out, "--resume", "--init", "inherit"])
-    assert "epoch" not in capsys.readouterr().out
+    said = [f"{label} is trained: {100 * row['accuracy']:.2f} % after epoch {len(row['epochs']) - 1}"
+            for label, row in zip(("A0.inherit", "A0"), rows, strict=True)]
+    assert capsys.readouterr().out.splitlines() == said[::-1]
     train.main([arch, *FAST, *out])                                                    # again, and only this
     assert [row["epochs"] == old["epochs"] for row, old in
             zip(json.loads((tmp_path / "trained.json").read_text()), rows, strict=True)] == [True, False]
@@ -167,6 +169,41 @@ def test_validation_writes_nothing_and_asks_for_no_test_image(searched, monkeypa
     assert asked == ["train"]
     assert {path.name for path in searched.iterdir()} == before
     assert "accuracy" in capsys.readouterr().out
+
+
+def test_validation_is_on_the_architecture_part_of_the_search(searched, tmp_path, monkeypatch, capsys):
+    settings = json.loads((searched / "args.json").read_text())
+    (tmp_path / "args.json").write_text(json.dumps(settings | {"seed": 7}))
+    (tmp_path / "A0.json").write_text((searched / "A0.json").read_text())
+    seen, part = [], data.split(data.load("fake", "train").labels, 7)
+    monkeypatch.setattr(train, "train", lambda *given: (seen.append(given), (None, []))[1])
+    train.main([str(tmp_path / "A0.json"), "--validate", "--device", "cpu"])
+    _, _, index, _, test_index, *_ = seen[0]
+    assert torch.equal(index, part[0]) and torch.equal(test_index, part[1])
+    monkeypatch.undo()
+    monkeypatch.setattr(recipe.processes, "heard", lambda caught: 15)
+    with pytest.raises(SystemExit):
+        train.main([str(tmp_path / "A0.json"), "--validate", "--device", "cpu"])
+    assert "after step 1; nothing is kept of a --validate" in capsys.readouterr().out
+
+
+def test_inherited_weights_are_of_a_network_that_the_supernet_has(searched, tmp_path, capsys):
+    found = json.loads((searched / "A0.json").read_text())
+    (tmp_path / "A0.pt").write_bytes((searched / "A0.pt").read_bytes())
+    last = found["blocks"][-1]
+    wide = [*found["blocks"][:-1], last | {"hidden": 1024}]
+    for blocks in (wide, [*found["blocks"], last | {"stride": 1, "residual": True}]):
+        (tmp_path / "A0.json").write_text(json.dumps(found | {"blocks": blocks}))
+        refused(train.main, [str(tmp_path / "A0.json"), *FAST, "--init", "inherit"],
+                f"the network is no part of the supernet in {tmp_path}/A0.pt", capsys)
+
+
+def test_a_piece_of_one_pixel_is_refused(tmp_path, capsys):
+    with torch.device("meta"):
+        net = search.SuperNet(search.SPACES["paper"][0], 1, 10)
+    (tmp_path / "A0.json").write_text(derive.arch(net, [(0, 0, 0)] * len(net.blocks)).to_json())
+    refused(train.main, [str(tmp_path / "A0.json"), "--data", "fake", "--batch-size", "1"],
+            "a piece of one image, of which A0 leaves one pixel", capsys)
 
 
 def refused(main, flags, says, capsys):
