@@ -130,7 +130,6 @@ def aim(p, args, images):
     shape = images.channels, images.resolution, images.classes
     found = args.flops_target or flops.targets(args.space, *shape)
     for space, target in zip(SPACES[args.space][:args.stages], found):
-        fit(p, args, images.resolution, f"A{space.stage}", space.blocks)
         space = space._replace(resolution=images.resolution)
         low, high = flops.bounds(flops.costs(space, images.channels, images.classes))
         if target and not low <= target <= high:

@@ -322,6 +322,8 @@ def main(argv=None):
     if args.batch_size > len(images.labels) // 6:
         processes.first(p.error, f"--batch-size {args.batch_size} is more than the {len(images.labels) // 6} "
                                  "images of the architecture part")
+    for space in SPACES[args.space][:args.stages]:
+        processes.first(flags.fit, p, args, images.resolution, f"A{space.stage}", space.blocks)
     args.flops_target = processes.first(flags.aim, p, args, images)
     parts = data.split(images.labels, args.seed)
     if args.dry_run:
