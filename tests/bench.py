@@ -8,6 +8,7 @@ machine harms both sides alike. "All paths" is FBNetV2's way: all eight candidat
 width, under soft masks of all widths and expansions.
 """
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -234,8 +235,8 @@ def outside(loader, parts, epochs):
     for place, call in zip(places, calls):
         setattr(*place, watched(call))
     clock = time.perf_counter()
-    for _ in search.train_stage(net, None, sgd, adam, loader, parts, args, search.blank(), []):
-        pass
+    with contextlib.redirect_stdout(None):
+        list(search.train_stage(net, None, sgd, adam, loader, parts, args, search.blank(), []))
     whole = time.perf_counter() - clock
     for place, call in zip(places, calls):
         setattr(*place, call)
