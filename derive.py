@@ -273,9 +273,9 @@ def main(argv=None):
             rows.append(told(supernet, found, right))
         path, content = args.out or args.run / "points.json", json.dumps(rows, indent=1) + "\n"
     else:
-        budget = args.flops or args.params or args.latency
+        budget = given = args.flops or args.params or args.latency
         try:
-            if not budget:                           # the dearest network keeps what all keep: no budget
+            if not given:                           # the dearest network keeps what all keep: no budget
                 supernets, show = supernets[-1:], str
                 tables = [space_costs(supernets[0])]
                 budget, name = bounds(tables[0])[1], f"A{stages[-1]}-likely"
@@ -303,7 +303,7 @@ def main(argv=None):
         if args.latency:
             whole, = latency.measure_networks([Network(arch(supernet, found[0]))])
             print(f"{show(found[2])} by its layers, {show(whole)} measured as a whole")
-        if args.flops or args.params or args.latency:
+        if given:
             print(f"{100 * (1 - found[2] / budget):.2f} % under the budget; it costs {lost:.2f} nats of "
                   "likelihood")
         path, content = args.out or args.run / f"{name}.json", arch(supernet, found[0]).to_json()

@@ -212,7 +212,8 @@ def begun(saved):
 
 
 def pieces(p, args):
-    """The most images of a batch that a process computes at once. A batch that does not split: p.error."""
+    """(most, fewest) images of a batch that a process computes at once. A batch that does not split: p.error.
+    """
     n = processes.share()[1]
     if args.batch_size % n:
         p.error(f"--batch-size {args.batch_size} does not divide by the {n} processes")
@@ -220,7 +221,8 @@ def pieces(p, args):
     if args.accumulate > mine:
         p.error(f"--accumulate {args.accumulate} is more than the {mine} images that a process has of a "
                 "batch")
-    return math.ceil(mine / args.accumulate)
+    most = math.ceil(mine / args.accumulate)
+    return most, mine % most or most                # the last piece has what is left
 
 
 def fit(p, args, size, name, blocks):
@@ -231,8 +233,7 @@ def fit(p, args, size, name, blocks):
     if 2 * size <= strides:
         p.error(f"{size} pixels a side are too few for {name}, whose strides make one of {strides}: take a "
                 "larger --resolution")
-    mine, most = args.batch_size // processes.share()[1], pieces(p, args)
-    if size <= strides and (mine % most or most) == 1:          # the last piece has what is left
+    if size <= strides and pieces(p, args)[1] == 1:
         p.error(f"a piece of one image, of which {name} leaves one pixel, is too little for batch norm: take "
                 "a larger --batch-size, a smaller --accumulate, or a larger --resolution")
 

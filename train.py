@@ -203,7 +203,7 @@ def check_size(p, name, arch, args, images, device):
     if args.batch_size > images:
         p.error(f"--batch-size {args.batch_size} is more than the {images} images")
     flags.fit(p, args, arch.resolution, name, arch.blocks)
-    need, has = flops.training_memory(arch, flags.pieces(p, args)), flops.memory(device)
+    need, has = flops.training_memory(arch, flags.pieces(p, args)[0]), flops.memory(device)
     if need > has:
         p.error(f"{name} needs {need / 2 ** 30:,.1f} GB to train with --batch-size {args.batch_size}, by an "
                 f"estimate that is rather low, but there are {has / 2 ** 30:,.1f}: take a larger "
@@ -260,12 +260,11 @@ def train_all(p, args, archs, folder, out, device, images, test, caught):
         processes.first(check_size, p, name, arch, given, len(index), device)
         label = name if args.init == "scratch" else f"{name}.{args.init}"     # what its files are called
         checkpoint, mine = out / f"{label}.last.pt", {"name": name, "init": args.init}
-        trained = any(mine.items() <= row.items() for row in rows)
+        trained = next((row for row in rows if mine.items() <= row.items()), None)
         before = processes.first(progress, label, checkpoint, trained, args.resume)
         if before == "trained":
-            row = next(row for row in rows if mine.items() <= row.items())
-            print(f"{label} is trained: {100 * row['epochs'][-1]['accuracy']:.2f} % after epoch "
-                  f"{len(row['epochs']) - 1}", flush=True)
+            print(f"{label} is trained: {100 * trained['epochs'][-1]['accuracy']:.2f} % after epoch "
+                  f"{len(trained['epochs']) - 1}", flush=True)
             if args.export and processes.share()[0] == 0:
                 network = Network(arch)
                 network.load_state_dict(files.load(out / f"{label}.trained.pt"))

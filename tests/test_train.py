@@ -101,8 +101,8 @@ def test_a_network_stands_in_the_results_from_scratch_and_from_inherited_weights
     rows = json.loads((tmp_path / "trained.json").read_text())
     assert [(row["name"], row["init"]) for row in rows] == [("A0", "inherit"), ("A0", "scratch")]
     assert capsys.readouterr().out.count(train.saving(rows, "A0")) == 1
-    one, other = (torch.load(tmp_path / f"{name}.trained.pt", weights_only=True) for name in ("A0",
-                                                                                              "A0.inherit"))
+    one, other = (torch.load(tmp_path / f"{name}.trained.pt", weights_only=True)
+                  for name in ("A0", "A0.inherit"))
     assert not torch.equal(one["head.weight"], other["head.weight"])
     train.main([arch, *FAST, *out, "--resume"])                                        # both are trained
     train.main([arch, *FAST, *out, "--resume", "--init", "inherit"])
@@ -285,11 +285,11 @@ def test_a_stopped_training_goes_on_within_its_epoch(searched, tmp_path, monkeyp
                 "its data is 1,200 images of fake, not 1,201 images of fake", capsys)
     train.main([arch, *FAST, *more, "--out", str(tmp_path / "cut"), "--resume"])
     assert trained(tmp_path / "whole") == trained(tmp_path / "cut")
-    one, other = (torch.load(tmp_path / name / "A0.trained.pt", weights_only=True) for name in ("whole",
-                                                                                                "cut"))
+    one, other = (torch.load(tmp_path / name / "A0.trained.pt", weights_only=True)
+                  for name in ("whole", "cut"))
     assert all(torch.equal(one[key], other[key]) for key in one)
-    rows = [json.loads((tmp_path / name / "trained.json").read_text())[0]["epochs"] for name in ("whole",
-                                                                                                 "cut")]
+    rows = [json.loads((tmp_path / name / "trained.json").read_text())[0]["epochs"]
+            for name in ("whole", "cut")]
     assert [e["loss"] for e in rows[0]] == [e["loss"] for e in rows[1]]
 
 
@@ -317,9 +317,11 @@ def test_a_killed_training_loses_no_more_than_a_checkpoints_steps(searched, tmp_
 
 def test_a_loss_that_is_not_finite_ends_the_training_and_is_not_saved(searched, tmp_path, monkeypatch):
     entropy, calls = recipe.F.cross_entropy, []
-    monkeypatch.setattr(recipe.F, "cross_entropy", lambda *x, **more: calls.append(1) or entropy(*x,
-                                                                                                 **more) * (
-        float("nan") if len(calls) == 25 else 1))
+
+    def sometimes(*x, **more):
+        calls.append(1)
+        return entropy(*x, **more) * (float("nan") if len(calls) == 25 else 1)
+    monkeypatch.setattr(recipe.F, "cross_entropy", sometimes)
     with pytest.raises(SystemExit, match="the loss of A0 is not finite in epoch 1; try a lower --lr"):
         train.main([str(searched / "A0.json"), *FAST, "--out", str(tmp_path)])
     saved = torch.load(tmp_path / "A0.last.pt", weights_only=True)
