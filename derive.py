@@ -30,7 +30,7 @@ import processes
 from budget import alternatives, choose, most_likely, viterbi
 from flops import amount, bounds, costs, expected, macs, params
 from ops import InvertedResidual, add_residual, conv, norm
-from space import CANDIDATES, SPACES, Arch, ArchBlock, round8
+from space import CANDIDATES, SPACES, Arch, ArchBlock
 from supernet import CHOICES, SuperNet
 
 RECALIBRATION = 32              # training batches that measure a derived network's batch-norm statistics
@@ -122,39 +122,6 @@ def derive(supernet, flops=None):
     """
     log_p, table = log_probabilities(supernet), space_costs(supernet)
     return arch(supernet, (most_likely(log_p, table, flops) if flops else viterbi(log_p, table, 0.0))[0])
-
-
-def scale(arch, stage, target):
-    """Compound scaling, the paper's ablation (Fig. 5): `arch` in larger widths and depths, of at most
-    `target` MACs.
-
-    The paper leaves its multiplier open: depth 1.2^phi and width 1.1^phi, EfficientNet's (Tan and Le
-    2019), with the largest phi (in steps of 0.05) that fits; stem, head and resolution stay. Widths go in
-    the steps of the space's own table, so that phi = 0 is `arch` itself. Rows of equal depth get a block at
-    the same phi, so the last steps may leave much of the target unused. ValueError if not even `arch` fits.
-    """
-    best, phi = None, 0.0
-    while (scaled := _scaled(arch, stage, 1.2 ** phi, 1.1 ** phi)) and macs(scaled) <= target:
-        best, phi = scaled, phi + 0.05
-    if best is None:
-        raise files.Refused(f"the network of {macs(arch):,} MACs does not fit into {target:,.0f} at all")
-    return best
-
-
-def _scaled(arch, stage, depth, width):
-    """`arch` with every row's depth and every block's widths multiplied; a row's last block is repeated."""
-    rows, blocks = [], []
-    steps = [b.widths[1] - b.widths[0] for b in SPACES[arch.space][arch.stage].blocks if not b.residual]
-    for block in arch.blocks:
-        if not block.residual:
-            rows.append([])
-        rows[-1].append(block)
-    for row, step in zip(rows, steps, strict=True):
-        row += [row[-1]._replace(stride=1, residual=True, expand=True)] * (round(len(row) * depth) - len(row))
-        for b in row:
-            hidden = round8(b.hidden * width) if b.expand else blocks[-1].out if blocks else arch.stem
-            blocks.append(b._replace(hidden=hidden, out=int(b.out * width / step + 0.5) * step))
-    return arch._replace(stage=stage, blocks=tuple(blocks))
 
 
 @torch.no_grad()

@@ -25,15 +25,17 @@ from tqdm import tqdm
 import data
 import decode
 import distill
-import files
 import flags
 import flops
 import folder
+import machine
 import plot
 import processes
 import results
-from derive import Network, derive, expected_macs, measure, scale, space_costs
+from checkpoint import blank, keep, recall, restore
+from derive import Network, derive, expected_macs, measure, space_costs
 from grow import describe, grow, movement
+from scaling import scale
 from space import SPACES, Arch
 from step import alpha_step, learning_rate, weight_step
 from supernet import SuperNet, require_grad, temperature
@@ -42,7 +44,6 @@ WEIGHTS_A_STEP = 5              # the parts are 5/6 and 1/6: five weight steps, 
 HISTORY = 200                   # steps between the architecture probabilities that the log keeps
 WEIGHTS, ALPHAS, PATHS, GROWTH = range(4)   # what is drawn: with seed, stage and step it seeds a generator
 MOST_SKIPPED = 5                # batches of a stage whose numbers may go bad before the run gives up
-VERSION = 2                     # of last.pt
 
 
 def search(args, images, parts, run, out, device, caught):
@@ -61,7 +62,7 @@ def search(args, images, parts, run, out, device, caught):
     for stage in range(run["stage"], args.stages):
         clock = time.perf_counter()
         alone = processes.share()[1] == 1                                        # a meter sees one device
-        meter = flops.meter(device, run["kwh"]) if alone else None
+        meter = machine.meter(device, run["kwh"]) if alone else None
         if args.method == "scaling" and stage:
             base = Arch.from_json(processes.first((out / "A0.json").read_text))
             arch = scale(base, stage, args.flops_target[stage])
@@ -108,40 +109,6 @@ def search(args, images, parts, run, out, device, caught):
         conclude(run, out, stage, arch, right, time.perf_counter() - clock, device, meter)
         teacher = network if args.distill else None
     return run["summary"]
-
-
-def blank():
-    """What a run has at its beginning; the rest of it are the supernet, its teacher and the optimisers."""
-    return {"stage": 0, "step": 0, "seconds": 0.0, "kwh": 0.0, "means": {}, "alphas": [], "skipped": [],
-            "logged": 0, "summary": []}
-
-
-def keep(last, run, args, stage, supernet, sgd, adam, teacher):
-    """Write the checkpoint `last`: all that a run needs to go on from here, to the last bit."""
-    processes.save(last, run | {
-        "version": VERSION, "settings": flags.kept(args), "stage": stage, "supernet": supernet.state_dict(),
-        "sgd": sgd.state_dict(), "adam": adam.state_dict(), "teacher": teacher and teacher.state_dict(),
-        "teacher_arch": teacher and teacher.arch.to_json()})
-
-
-def recall(last, args, device):
-    """What `keep` wrote. files.Refused unless it is whole, and of this version and this run."""
-    run = files.unpack(processes.first(last.read_bytes), last)
-    if run.get("version") != VERSION:
-        raise files.Refused(f"{last} is of version {run.get('version')}, this is version {VERSION}: start "
-                            "anew")
-    for key, value in flags.kept(args).items():
-        if key not in flags.FREE and run["settings"].get(key) != value:
-            raise files.Refused(f"{last} is of another run: its {key} is {run['settings'].get(key)}, "
-                                f"but args.json has {value}")
-    run["means"] = {kind: (total.to(device), count) for kind, (total, count) in run["means"].items()}
-    return run
-
-
-def restore(run, supernet, sgd, adam):
-    supernet.load_state_dict(run["supernet"])
-    sgd.load_state_dict(run["sgd"])
-    adam.load_state_dict(run["adam"])
 
 
 def conclude(run, out, stage, arch, right, seconds, device, meter):
@@ -264,7 +231,7 @@ def dry_run(args, images, parts, device):
         fastest = min(step, fastest)
         cost = flops.energy(step * steps, device, n)
         total = [a + b for a, b in zip(total, cost)]
-        lines.append(f"A{stage} {steps:>8} {step:>15.3f} {cost[0]:>9.3f} {flops.peak_memory(device):>8.1f} "
+        lines.append(f"A{stage} {steps:>8} {step:>15.3f} {cost[0]:>9.3f} {machine.peak_memory(device):>8.1f} "
                      f"{cost[1]:>9.4f} {cost[2]:>10.4f}")
         teacher = Network(derive(supernet)).to(device).eval() if args.distill else None
     lines.append(f"all{'':>25}{total[0]:>9.3f} {'':>8} {total[1]:>9.4f} {total[2]:>10.4f}")

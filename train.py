@@ -27,6 +27,7 @@ import data
 import files
 import flags
 import flops
+import machine
 import plot
 import processes
 from derive import Network, inherit, open_supernet
@@ -203,7 +204,7 @@ def check_size(p, name, arch, args, images, device):
     if args.batch_size > images:
         p.error(f"--batch-size {args.batch_size} is more than the {images} images")
     flags.fit(p, args, arch.resolution, name, arch.blocks)
-    need, has = flops.training_memory(arch, flags.pieces(p, args)[0]), flops.memory(device)
+    need, has = flops.training_memory(arch, flags.pieces(p, args)[0]), machine.memory(device)
     if need > has:
         p.error(f"{name} needs {need / 2 ** 30:,.1f} GB to train with --batch-size {args.batch_size}, by an "
                 f"estimate that is rather low, but there are {has / 2 ** 30:,.1f}: take a larger "

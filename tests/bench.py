@@ -31,6 +31,7 @@ import flags
 import flops
 import search
 import step
+from checkpoint import blank
 from derive import Network, arch, derive, inherit
 from grow import grow
 from space import SPACES, round8
@@ -236,7 +237,7 @@ def outside(loader, parts, epochs):
         setattr(*place, watched(call))
     clock = time.perf_counter()
     with contextlib.redirect_stdout(None):
-        list(search.train_stage(net, None, sgd, adam, loader, parts, args, search.blank(), []))
+        list(search.train_stage(net, None, sgd, adam, loader, parts, args, blank(), []))
     whole = time.perf_counter() - clock
     for place, call in zip(places, calls):
         setattr(*place, call)

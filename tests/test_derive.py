@@ -31,7 +31,7 @@ from torch.testing import assert_close
 import derive
 from budget import most_likely, viterbi, viterbi_list
 from derive import Network, inherit, space_costs
-from space import SPACES, Arch
+from space import SPACES
 from supernet import CHOICES, SuperNet
 
 
@@ -304,40 +304,6 @@ def test_accuracy_counts_images_and_not_batches():
     network = nn.Sequential(nn.Identity()).train()
     assert derive.accuracy(network, Loader(), torch.arange(4)) == 0.5 and not network.training
     assert derive.accuracy(network, Loader(), torch.arange(3)) == pytest.approx(2 / 3)
-
-
-def test_compound_scaling_fits_its_budget_and_grows_all_rows_alike():
-    def rows(arch):
-        starts = [n for n, b in enumerate(arch.blocks) if not b.residual] + [len(arch.blocks)]
-        return [arch.blocks[a:b] for a, b in itertools.pairwise(starts)]
-    arch = chosen(SPACES["small"][1], random_options(SPACES["small"][1], seeded(3)))
-    sizes = []
-    for factor in (1, 1.5, 2, 4):
-        scaled = derive.scale(arch, 2, factor * macs(arch))
-        assert macs(scaled) <= factor * macs(arch) and scaled.stage == 2
-        assert Arch.from_json(scaled.to_json()) == scaled
-        assert (scaled.stem, scaled.head, scaled.resolution) == (arch.stem, arch.head, arch.resolution)
-        for old, new in zip(rows(arch), rows(scaled), strict=True):
-            repeated = [old[min(n, len(old) - 1)] for n in range(len(new))]  # the last one is repeated
-            assert [b.op for b in new] == [b.op for b in repeated]
-            assert [b.stride for b in new] == [old[0].stride] + [1] * (len(new) - 1)
-            assert all(b.out >= a.out for a, b in zip(repeated, new))
-        sizes.append(macs(scaled))
-    assert sizes == sorted(sizes) and sizes[0] == macs(arch) and sizes[-1] > 2 * macs(arch)
-    with pytest.raises(ValueError, match="does not fit"):
-        derive.scale(arch, 1, macs(arch) - 1)
-
-
-def test_compound_scaling_begins_at_the_network_itself_and_goes_in_the_steps_of_its_table():
-    space, g = SPACES["paper"][0], seeded(1)
-    rows = [b for b in space.blocks if not b.residual]
-    for _ in range(20):                                                   # widths of 12, 20, 28 among them
-        arch = chosen(space, random_options(space, g), 3, 1000)
-        assert derive.scale(arch, 2, macs(arch)) == arch._replace(stage=2)
-        n = -1
-        for block in derive.scale(arch, 2, 2 * macs(arch)).blocks:
-            n += not block.residual
-            assert (block.out - rows[n].widths[0]) % (rows[n].widths[1] - rows[n].widths[0]) == 0
 
 
 def test_a_runs_supernet_opens_as_it_was_saved(tmp_path):

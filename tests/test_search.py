@@ -20,6 +20,7 @@ import ops as search_ops
 import search
 import step as step_module
 import supernet as supernet_module
+from checkpoint import blank
 from derive import Network, derive, expected_macs, space_costs
 from supernet import initialise
 
@@ -65,7 +66,7 @@ def stage(space=0, taught=False, lr=0.1, steps=STEPS, **more):
         teacher = Network(derive(search.SuperNet(search.SPACES["small"][0], 1, 10, data.generator(1)))).eval()
         initialise(teacher, data.generator(2))
     return net, search.train_stage(net, teacher, *search.optimisers(net, args), loader, parts, args,
-                                   search.blank(), [])
+                                   blank(), [])
 
 
 def same(one, other):
