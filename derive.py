@@ -85,7 +85,7 @@ def arch(supernet, options):
     space, blocks, width = supernet.space, [], supernet.space.stem
     for mixed, (op, expansion, chosen) in zip(supernet.blocks, options, strict=True):
         block = mixed.block
-        blocks.append(ArchBlock(list(CANDIDATES)[op], mixed.hidden(width, expansion), block.widths[chosen],
+        blocks.append(ArchBlock(list(CANDIDATES)[op], block.hidden(width, expansion), block.widths[chosen],
                                 block.stride, block.residual, block.expand))
         width = block.widths[chosen]
     return Arch(space.name, space.stage, space.resolution, supernet.stem.in_channels,

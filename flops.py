@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from space import CANDIDATES, SPACES, Arch, ArchBlock, round8
+from space import CANDIDATES, SPACES, Arch, ArchBlock
 
 # Table 4's total: 456 GPU hours took 135.96 kWh. Its rows differ from this factor by up to 0.3 %.
 KWH_PER_GPU_HOUR = 135.96 / 456
@@ -114,8 +114,8 @@ def costs(space, in_channels, classes, cost="macs"):
     tables, pixels, inputs = [], first.pixels, torch.tensor([space.stem])
     for block in space.blocks:
         i, outputs = inputs.view(-1, 1, 1), torch.tensor(block.widths)
-        e = torch.tensor(block.expansions, dtype=torch.float64).view(1, -1, 1)
-        hidden = ((e * i + 4) // 8 * 8).clamp(min=8).long()                          # round8, (i, e, 1)
+        hidden = torch.tensor([[[block.hidden(width, e)] for e in range(len(block.expansions))]
+                               for width in inputs.tolist()])                        # (i, e, 1)
         ops = [sum(getattr(layer, cost)
                    for layer in candidate(op, i, hidden, outputs, block.expand, block.stride, pixels))
                for op in CANDIDATES]
@@ -198,7 +198,7 @@ def middle(space, in_channels, classes):
     """The `Arch` of every range's middle option (the upper of two), with ir_k3_se_hs everywhere."""
     blocks, width = [], space.stem
     for b in space.blocks:
-        hidden, out = round8(b.expansions[len(b.expansions) // 2] * width), b.widths[len(b.widths) // 2]
+        hidden, out = b.hidden(width, len(b.expansions) // 2), b.widths[len(b.widths) // 2]
         blocks.append(ArchBlock("ir_k3_se_hs", hidden, out, b.stride, b.residual, b.expand))
         width = out
     return Arch(space.name, space.stage, space.resolution, in_channels, classes, space.stem, space.head,

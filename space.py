@@ -139,6 +139,12 @@ class Block(NamedTuple):
     residual: bool            # adds its input back: exactly the blocks that are not the first of their row
     expand: bool              # has an expand convolution: all rows but the one with the literal expansion 1
 
+    def hidden(self, inputs, option):
+        """Hidden width in channels: expansion x active input width, rounded to a multiple of 8; or without an
+        expand convolution the input width itself.
+        """
+        return round8(self.expansions[option] * inputs) if self.expand else inputs
+
 
 class Space(NamedTuple):
     """One stage of the curriculum: everything that A0, or A1, .. can choose."""
@@ -193,6 +199,9 @@ def check_growth(small, large):
                 raise ValueError(f"{where}: {what} {after} do not begin with {before} of A{small.stage}")
         if (old.stride, old.expand) != (new.stride, new.expand):
             raise ValueError(f"{where}: stride and expand convolution may not change from A{small.stage}")
+    if large.blocks[-1].row > small.blocks[-1].row:
+        raise ValueError(f"{large.name} A{large.stage}, row {small.blocks[-1].row + 3}: is no row of "
+                         f"A{small.stage}; rows may get blocks, but there may be no new ones")
 
 
 def _load(name, tables):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ops import InvertedResidual, add_residual, conv, mask, norm
-from space import CANDIDATES, round8
+from space import CANDIDATES
 
 CHOICES = ("op", "expansion", "width")
 
@@ -41,20 +41,16 @@ class MixedBlock(nn.Module):
     def __init__(self, block, inputs):
         super().__init__()
         self.block = block
-        hidden, outputs = self.hidden(inputs, -1), block.widths[-1]
+        hidden, outputs = block.hidden(inputs, -1), block.widths[-1]
         self.candidates = nn.ModuleList(
             InvertedResidual(op, inputs, hidden, outputs, block.stride, block.expand) for op in CANDIDATES)
         sizes = {"op": len(CANDIDATES), "expansion": len(block.expansions), "width": len(block.widths)}
         self.alphas = nn.ParameterDict({name: torch.zeros(n) for name, n in sizes.items() if n > 1})
 
-    def hidden(self, inputs, option):
-        """Hidden width in channels: expansion x active input width, rounded to a multiple of 8."""
-        return round8(self.block.expansions[option] * inputs)
-
     def forward(self, x, draws):
         """x (B, i, H, W) -> (B, o, H', W') where o is the wider of the drawn widths."""
         ops, expansions, widths = draws["op"], draws["expansion"], draws["width"]
-        hidden = tuple(self.hidden(x.shape[1], e) for e in (expansions.options[0], expansions.options[-1]))
+        hidden = tuple(self.block.hidden(x.shape[1], expansions.options[n]) for n in (0, -1))
         low, high = (self.block.widths[w] for w in (widths.options[0], widths.options[-1]))
         y = 0
         for op, gate in zip(ops.options, ops.gates):

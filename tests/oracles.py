@@ -32,6 +32,11 @@ def near8(x):
     return max(8, 8 * math.floor(x / 8 + 0.5))
 
 
+def hidden_width(block, expansion, inputs):
+    """Of the option `expansion`: as wide as the input where no convolution expands it."""
+    return near8(block.expansions[expansion] * inputs) if block.expand else inputs
+
+
 def images(n, channels, size, seed=0):
     """n random patterns under noise: they differ in their means, too."""
     g = seeded(seed)
@@ -101,7 +106,7 @@ def chosen(space, options, in_channels=1, classes=10):
     """The `Arch` of these options."""
     blocks, width = [], space.stem
     for b, (op, expansion, out) in zip(space.blocks, options, strict=True):
-        blocks.append(ArchBlock(OPS[op], near8(b.expansions[expansion] * width), b.widths[out],
+        blocks.append(ArchBlock(OPS[op], hidden_width(b, expansion, width), b.widths[out],
                                 b.stride, b.residual, b.expand))
         width = b.widths[out]
     return Arch(space.name, space.stage, space.resolution, in_channels, classes, space.stem, space.head,
@@ -189,7 +194,7 @@ def plain_network(net, options):
               corner(nn.BatchNorm2d(space.stem), net.stem_norm), nn.Hardswish()]
     width = space.stem
     for b, mixed, (op, expansion, out) in zip(space.blocks, net.blocks, options, strict=True):
-        hidden, outputs = near8(b.expansions[expansion] * width), b.widths[out]
+        hidden, outputs = hidden_width(b, expansion, width), b.widths[out]
         body = plain_candidate(mixed.candidates[op], OPS[op], width, hidden, outputs, b.stride, b.expand)
         layers.append(Residual(body) if b.residual else body)
         width = outputs
@@ -223,7 +228,7 @@ def masked_supernet(net, x, path):
     """FBNetV2's supernet: every convolution at its full width, every choice of width a soft mask."""
     x, active = F.hardswish(net.stem_norm(net.stem(x))), net.space.stem
     for b, mixed, draws in zip(net.space.blocks, net.blocks, path, strict=True):
-        hiddens = [near8(b.expansions[e] * active) for e in draws["expansion"].options]
+        hiddens = [hidden_width(b, e, active) for e in draws["expansion"].options]
         widths = [b.widths[w] for w in draws["width"].options]
         size = mixed.candidates[0].depthwise.out_channels
         hidden = soft_mask(hiddens, draws["expansion"].gates, size)

@@ -101,6 +101,7 @@ def changed(stage, number, **values):
     (lambda s: s._replace(head=8), r"small A1: stem and head may not change from A0"),
     (lambda s: changed(s, len(s.blocks) - 1), r"small A1, row 6: has fewer blocks than in A0"),
     (lambda s: changed(s, 0), r"small A1, row 2: has fewer blocks than in A0"),
+    (lambda s: s._replace(blocks=(*s.blocks, s.blocks[-1]._replace(row=5))), r"row 7: is no row of A0"),
     (lambda s: changed(s, 1, widths=(16,)), r"small A1, row 3: widths \(16,\) do not begin with"),
     (lambda s: changed(s, 1, widths=(8, 16, 24)), r"small A1, row 3: widths .* do not begin with"),
     (lambda s: changed(s, 1, expansions=(0.75, 2.25)), r"small A1, row 3: expansions .* do not begin with"),

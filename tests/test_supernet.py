@@ -38,8 +38,8 @@ def small(stage=1, channels=1, space=None):
     return settle(SuperNet(space or SPACES["small"][stage], channels, 10, seeded()), 3)
 
 
-@pytest.mark.parametrize("space", [TINY, SPACES["small"][0], SPACES["small"][3], SPACES["paper"][0]],
-                         ids=["tiny", "small A0", "small A3", "paper A0"])
+@pytest.mark.parametrize("space", [TINY, TINY._replace(stem=12), *SPACES["small"][0:4:3], SPACES["paper"][0]],
+                         ids=["tiny", "tiny with a stem of 12", "small A0", "small A3", "paper A0"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_the_sliced_supernet_is_the_full_width_masked_one(space, training):
     sliced = small(channels=2, space=space).double().train(training)
@@ -59,7 +59,9 @@ def test_the_sliced_supernet_is_the_full_width_masked_one(space, training):
                 assert_close(p.grad, q.grad, rtol=1e-7, atol=1e-9, msg=name)
 
 
-@pytest.mark.parametrize("space", [SPACES["small"][4], SPACES["paper"][0]], ids=["small A4", "paper A0"])
+@pytest.mark.parametrize("space", [SPACES["small"][4], SPACES["small"][1]._replace(stem=12),
+                                   SPACES["paper"][0]],
+                         ids=["small A4", "small A1 with a stem of 12", "paper A0"])
 def test_one_path_is_the_network_of_its_choices(space):
     net, g = small(channels=3, space=space).double().eval(), seeded()
     widest, narrowest = ([(op, end, end) for op in range(8)] * 3 for end in (-1, 0))
@@ -221,7 +223,7 @@ def active(net, path):
     for block, draws in zip(net.blocks, path, strict=True):
         for name in block.alphas:
             options = draws[name].options
-            if name == "expansion" and len({block.hidden(width, o) for o in options}) == 1:
+            if name == "expansion" and len({block.block.hidden(width, o) for o in options}) == 1:
                 options = ()
             found.append((draws[name].options, options))
         width = block.block.widths[draws["width"].options[-1]]
