@@ -41,9 +41,9 @@ def consume(weight, f, widen):
     input, output].
     """
     old = weight.shape[1]
-    copies = torch.bincount(f, minlength=old)[f]                       # of each channel: |{z: f(z) = f(j)}|
-    share = 1 / copies if widen == "eq3" else (torch.arange(len(f)) < old).float()
-    return weight[:, f] * share.to(weight).view(1, -1, *[1] * (weight.dim() - 2))
+    copies = torch.bincount(f, minlength=old)[f].to(weight)            # of each channel: |{z: f(z) = f(j)}|
+    share = 1 / copies if widen == "eq3" else (torch.arange(len(f)) < old).to(weight)
+    return weight[:, f] * share.view(1, -1, *[1] * (weight.dim() - 2))
 
 
 @torch.no_grad()
@@ -56,8 +56,8 @@ def grow(supernet, space, generator=None, widen="eq3"):
     if widen not in WIDENINGS:
         raise ValueError(f"widen is {widen!r}, choose from {', '.join(WIDENINGS)}")
     classifier = supernet.classifier
-    device = classifier.weight.device
     grown = SuperNet(space, supernet.stem.in_channels, classifier.out_features, generator)
+    grown.to(classifier.weight.dtype)
     old_blocks = {(b.block.row, b.block.place): b for b in supernet.blocks}
     f_row = torch.arange(space.stem)                                   # the map of the channels that come in
     copy_layer(supernet.stem, grown.stem, f_row, torch.arange(grown.stem.in_channels), widen)
@@ -81,7 +81,7 @@ def grow(supernet, space, generator=None, widen="eq3"):
     copy_layer(supernet.head, grown.head, f_head, f_row, widen)
     copy_norm(supernet.head_norm, grown.head_norm, f_head, widen)
     grown.classifier.load_state_dict(classifier.state_dict())
-    return grown.to(device).train(supernet.training)
+    return grown.to(classifier.weight.device).train(supernet.training)
 
 
 def widen_candidate(old, new, f_in, f_out, generator, widen):

@@ -80,6 +80,16 @@ def test_the_grown_supernet_computes_the_same_at_its_largest(name, widen, stages
             assert apart(new(x, new.path(options)), old(x, old.path(kept))) < 1e-5
 
 
+@torch.no_grad()
+def test_growth_is_as_exact_as_its_numbers():
+    """In float64 nothing of the supernet is rounded to float32 on the way."""
+    old, x = settle(SuperNet(SPACES["small"][2], 1, 10, seeded())).double().eval(), images(2, 1, 28).double()
+    for widen in ("eq3", "zero"):
+        new = grow(old, SPACES["small"][3], seeded(), widen)
+        before, after = (net(x, net.path([(7, -1, -1)] * len(net.blocks))) for net in (old, new))
+        assert after.dtype == torch.float64 and apart(after, before) < 1e-12
+
+
 @pytest.mark.parametrize("name", SPACES)
 @torch.no_grad()
 def test_zero_widening_preserves_every_sub_network(name):
