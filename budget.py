@@ -25,7 +25,7 @@ def viterbi(log_p, table, price):
 
 
 @torch.no_grad()
-def viterbi_list(log_p, table, price, count):
+def viterbi_list(log_p, table, price, count):  # task 5.4
     """The `count` best networks by log-likelihood - price x cost, best first; as `viterbi` gives one.
 
     Dynamic programming over the width between two blocks: for each width the `count` best beginnings that

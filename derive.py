@@ -64,7 +64,7 @@ class Network(nn.Module):
 
 
 @torch.no_grad()
-def inherit(network, supernet):
+def inherit(network, supernet):  # task 5.2
     """Copy the supernet's weights and batch-norm statistics into a derived `network`, which is returned.
 
     Every width is a prefix, so a tensor of the network is the leading corner of the supernet's.
@@ -125,8 +125,11 @@ def derive(supernet, flops=None):
 
 
 @torch.no_grad()
-def recalibrate(network, batches):
-    """Measure the batch-norm statistics of `network` anew, as the mean over `batches` of (images, labels)."""
+def recalibrate(network, batches):  # task 5.3
+    """Measure the batch-norm statistics of `network` anew, as the mean over `batches` of (images, labels).
+
+    Returns it, in eval mode.
+    """
     norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
     usual = [m.momentum for m in norms]
     network.train()

@@ -2,12 +2,12 @@
 import torch.nn.functional as F
 
 
-def ratio(progress, first=0.5, last=0.05):
+def ratio(progress, first=0.5, last=0.05):  # task 4.2
     """lambda at `progress` in [0, 1] of a stage: linearly from 0.5 to 0.05, as the paper says."""
     return first + (last - first) * progress
 
 
-def loss(student_logits, teacher_logits, target, lam):
+def loss(student_logits, teacher_logits, target, lam):  # task 4.1
     """Eq. 4: (1 - lam) * hard + lam * soft.
 
     student_logits, teacher_logits: (B, classes); target: labels (B,); lam in [0, 1]. Returns a scalar.

@@ -46,9 +46,11 @@ def half(pixels):
     return (pixels + 1) // 2
 
 
-def candidate(op, inputs, hidden, outputs, expand, stride, pixels):
+def candidate(op, inputs, hidden, outputs, expand, stride, pixels):  # task 5.1
     """The `Layer`s of one candidate of Table 2; `pixels` a side come in.
 
+    expand, if there is one, depthwise, squeeze and excite, if there are, project. A convolution's batch norm
+    is counted with it; squeeze and excite have biases instead, and excite puts out the image that it scales.
     The widths may be tensors that broadcast: the costs are then tensors of all their combinations.
     """
     kernel, se, _ = CANDIDATES[op]

@@ -21,12 +21,12 @@ from supernet import SuperNet
 WIDENINGS = ("eq3", "zero", "naive")
 
 
-def channel_map(old, new, generator=None):
+def channel_map(old, new, generator=None):  # task 3.1
     """Eq. 1: f (new,), long. f[j] = j below `old`, then random samples from {0, .., old - 1}."""
     return torch.cat([torch.arange(old), torch.randint(old, (new - old,), generator=generator)])
 
 
-def produce(weight, f):
+def produce(weight, f):  # task 3.2
     """Eq. 2: the filters (dimension 0) of the new channels are copies; batch-norm vectors alike.
 
     (old, ..) -> (new, ..).
@@ -34,7 +34,7 @@ def produce(weight, f):
     return weight[f]
 
 
-def consume(weight, f, widen):
+def consume(weight, f, widen):  # task 3.3
     """Eq. 3: input channels (dimension 1) shared among the copies, or for `zero` none for the new ones.
 
     weight (o, old, ..) -> (o, new, ..). The layout is PyTorch's, output first; the paper's is W[x, y,
@@ -125,7 +125,7 @@ def copy_norm(old, new, f, widen):
             after.copy_(produce(before, f))
 
 
-def identity(candidate, generator):
+def identity(candidate, generator):  # task 3.4
     """A new block's candidate: identity kernels, of the input's width and widened to the hidden width by
     Eqs. 1-3.
 

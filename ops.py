@@ -42,7 +42,7 @@ def norm(x, layer):
                         layer.training, layer.momentum, layer.eps)
 
 
-def mask(gates, low, high):
+def mask(gates, low, high):  # task 1.2
     """FBNetV2's channel mask for two widths low <= high, of which nothing beyond `high` is left: (high,).
 
     gates: (2,), the weights of the two widths, summing to 1, or (1,) for one width alone. The sum of the
@@ -51,7 +51,7 @@ def mask(gates, low, high):
     return torch.cat([gates.new_ones(low), gates[-1].expand(high - low)])
 
 
-def add_residual(y, x):
+def add_residual(y, x):  # task 1.1
     """y (B, o, H, W) + x (B, i, H, W), the input cut or padded with zeros to the output's width."""
     wider = y.shape[1] - x.shape[1]
     return y + (F.pad(x, (0, 0, 0, 0, 0, wider)) if wider > 0 else x[:, :y.shape[1]])
@@ -77,13 +77,14 @@ class InvertedResidual(nn.Module):
         self.project = nn.Conv2d(hidden, outputs, 1, bias=False)
         self.norm3 = nn.BatchNorm2d(outputs)
 
-    def forward(self, x, hidden=None, gates=None, outputs=None):
+    def forward(self, x, hidden=None, gates=None, outputs=None):  # task 1.3
         """x (B, i, H, W) -> (B, outputs, H', W'), at prefix widths; without them, at the widest.
 
         hidden: (low, high), the widths of the two sampled expansions (low = high for one), gates: their
         weights. The mask of the expansion belongs after the depthwise batch norm and activation (before a
         batch norm it would be divided out). All that follows is linear in the masked channels, so it
-        scales the columns of the consumers.
+        scales the columns of the consumers. The squeezed width, a quarter of the hidden one by `round8`, is
+        masked alike behind its ReLU.
         """
         low, high = hidden or (self.depthwise.in_channels,) * 2
         outputs = outputs or self.project.out_channels

@@ -24,7 +24,7 @@ class Draw(NamedTuple):
     gates: torch.Tensor
 
 
-def temperature(progress, first=5.0, last=0.1):
+def temperature(progress, first=5.0, last=0.1):  # task 2.1
     """The softmax temperature at `progress` in [0, 1] of a stage: it falls exponentially, from 5 to 0.1.
 
     The paper is silent; these are common ends for Gumbel-softmax searches.
@@ -47,8 +47,11 @@ class MixedBlock(nn.Module):
         sizes = {"op": len(CANDIDATES), "expansion": len(block.expansions), "width": len(block.widths)}
         self.alphas = nn.ParameterDict({name: torch.zeros(n) for name, n in sizes.items() if n > 1})
 
-    def forward(self, x, draws):
-        """x (B, i, H, W) -> (B, o, H', W') where o is the wider of the drawn widths."""
+    def forward(self, x, draws):  # task 2.3
+        """x (B, i, H, W) -> (B, o, H', W') where o is the wider of the drawn widths.
+
+        The drawn candidates by their gates, and the residual, all under the mask of the two widths.
+        """
         ops, expansions, widths = draws["op"], draws["expansion"], draws["width"]
         hidden = tuple(self.block.hidden(x.shape[1], expansions.options[n]) for n in (0, -1))
         low, high = (self.block.widths[w] for w in (widths.options[0], widths.options[-1]))
@@ -94,12 +97,13 @@ class SuperNet(nn.Module):
         return [{name: [round(p, 4) for p in F.softmax(alpha.detach(), 0).tolist()]
                  for name, alpha in block.alphas.items()} for block in self.blocks]
 
-    def sample(self, tau, generator):
+    def sample(self, tau, generator):  # task 2.2
         """Draw two paths at temperature tau: for each block a dict from `CHOICES` to `Draw`.
 
         Gumbel top-2: the two largest of logits + Gumbel noise are a draw without replacement from their
-        softmax. All choices are drawn at once, so that an accelerator is read only once a step; the noise
-        comes from the CPU's `generator`, so that every device and process draws the same.
+        softmax. All choices are drawn at once, in the order of `alphas`, so that an accelerator is read only
+        once a step; the noise, -log of exponential draws, comes from the CPU's `generator`, so that every
+        device and process draws the same.
         """
         alphas = self.alphas()
         noise = -torch.empty(sum(a.numel() for a in alphas)).exponential_(generator=generator).log()
