@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -164,7 +165,7 @@ def grade(folder, task):
             return "the tests did not come to their end"
     for case in cases:
         for wrong in (*case.findall("failure"), *case.findall("error")):
-            return f"failed {case.get('name')}: {wrong.get('message').partition(chr(10))[0]}"
+            return f"failed {case.get('name')}: {textwrap.shorten(wrong.get('message'), 100)}"
     return "passed" if cases else "the tests did not come to their end"
 
 
