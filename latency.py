@@ -100,8 +100,8 @@ def costs(space, in_channels, classes, cost):
     blocks, pixels, inputs = [], half(space.resolution), (space.stem,)
     for block in space.blocks:
         table, after = [], half(pixels) if block.stride == 2 else pixels
-        for i, expansion in itertools.product(inputs, block.expansions):
-            hidden = round8(expansion * i)
+        for i, option in itertools.product(inputs, range(len(block.expansions))):
+            hidden = block.hidden(i, option)
             ops = [(cost("expand", i, hidden, act, pixels) if block.expand else 0)
                    + cost("depthwise", hidden, kernel, block.stride, act, pixels)
                    + (cost("squeeze", hidden, after) if se else 0) for kernel, se, act in CANDIDATES.values()]
