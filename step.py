@@ -64,7 +64,7 @@ def checked(parameters, found, step):
     FloatingPointError if the loss or a gradient is not finite.
     """
     found, = processes.average(parameters, found)
-    bad, unscaled = found.new_zeros(()), found.new_ones(())
+    bad, unscaled = torch.tensor([0.0, 1.0], device=found.device)
     torch._amp_foreach_non_finite_check_and_unscale_(  # GradScaler's own: one pass over all of them
         [found, *(p.grad for p in parameters if p.grad is not None)], bad, unscaled)
     if bad.item():                              # the one number that is read from the device in every step

@@ -3,7 +3,7 @@ says no clearly.
 
 The oracle is a second run: with the same seed, with another, undisturbed beside interrupted.
 """
-import argparse
+import itertools
 import json
 import multiprocessing
 import random
@@ -14,19 +14,20 @@ from unittest import mock
 
 import pytest
 import torch
+from oracles import macs, settle
 
 import data
 import ops as search_ops
 import search
 import step as step_module
 import supernet as supernet_module
-from checkpoint import blank
-from derive import Network, derive, expected_macs, space_costs
-from supernet import initialise
+from derive import Network, derive, inherit, open_supernet, recalibrate
+from flops import TARGETS
+from grow import grow
+from space import Arch
 
 SHORT = ["--data", "fake", "--epochs", "0.4", "--batch-size", "32", "--checkpoint-every", "5",
          "--device", "cpu"]
-STEPS, BATCH = 20, 32
 
 
 def run(out, *more):
@@ -49,24 +50,6 @@ def contents(out):
         found[f"A{stage}"] = (out / f"A{stage}.json").read_text()
         found[f"weights {stage}"] = torch.load(out / f"A{stage}.pt", weights_only=True)
     return found
-
-
-def stage(space=0, taught=False, lr=0.1, steps=STEPS, **more):
-    """A stage of so many steps on the `fake` patterns: its supernet, and `train_stage` about to begin."""
-    images = data.load("fake", "train")
-    parts = data.split(images.labels, 0)
-    loader = data.Loader(images, images.statistics(parts[0]), BATCH)
-    args = {"batch_size": BATCH, "epochs": [steps * BATCH / len(parts[0])] * 5, "lr": lr, "mu": 1.0,
-            "alpha_lr": 0.02, "accumulate": 1, "weight_decay": 1e-4, "seed": 0, "checkpoint_every": 1,
-            "flops_target": [1e6] * 5}
-    args = argparse.Namespace(**args | more)
-    net = search.SuperNet(search.SPACES["small"][space], 1, 10, data.generator(0))
-    teacher = None
-    if taught:
-        teacher = Network(derive(search.SuperNet(search.SPACES["small"][0], 1, 10, data.generator(1)))).eval()
-        initialise(teacher, data.generator(2))
-    return net, search.train_stage(net, teacher, *search.optimisers(net, args), loader, parts, args,
-                                   blank(), [])
 
 
 def same(one, other):
@@ -136,6 +119,45 @@ def test_the_search_never_sees_the_test_images(tmp_path, monkeypatch):
     assert asked == ["train"]
 
 
+@pytest.mark.parametrize("widen", ["eq3", "zero"])
+def test_a_stage_grows_ends_in_its_network_and_teaches_the_next(widen, tmp_path, monkeypatch):
+    """Figure 2 around the training, in place of which all grows likely that is dear."""
+    out, begun, grown = tmp_path / "run", [], []
+
+    def train(net, teacher, sgd, adam, loader, parts, *_):
+        settle(net, net.space.stage)
+        with torch.no_grad():
+            for alpha in net.alphas():
+                alpha[-1] = 9
+        begun.append((teacher, loader, parts, derive(net)))
+        return iter(())
+
+    def growth(net, space, generator, how):
+        grown.append(how)
+        return grow(net, space, generator, how)
+    monkeypatch.setattr(search, "train_surely", train)
+    monkeypatch.setattr(search, "grow", growth)
+    main(*SHORT, "--stages", "2", "--widen", widen, "--seed", "4", "--out", str(out))
+    summary, labels = json.loads((out / "summary.json").read_text()), data.load("fake", "train").labels
+    assert grown == [widen] and begun[0][0] is None
+    for stage, (teacher, loader, parts, likely) in enumerate(begun):
+        assert all(torch.equal(one, two) for one, two in zip(parts, data.split(labels, 4), strict=True))
+        arch = Arch.from_json((out / f"A{stage}.json").read_text())
+        target = TARGETS["small"][stage]
+        assert 0.9 * target < macs(arch) == summary[stage]["flops"] <= target < macs(likely)
+        network = inherit(Network(arch), open_supernet(out, stage))
+        batches = loader.shuffled(parts[0], 4, stage, search.WEIGHTS)
+        recalibrate(network, itertools.islice(batches, 32))
+        with torch.no_grad():
+            right = [network(x).argmax(1) == y for x, y in loader.ordered(parts[1])]
+        assert summary[stage]["accuracy"] == pytest.approx(float(torch.cat(right).float().mean()))
+        if stage == 0:
+            teacher, wanted = begun[1][0], network.state_dict()
+            assert teacher.arch == arch and not teacher.training
+            assert not any(p.requires_grad for p in teacher.parameters())
+            assert all(torch.equal(wanted[name], tensor) for name, tensor in teacher.state_dict().items())
+
+
 def test_the_teacher_learns_nothing_and_the_student_does():
     g = data.generator(0)
     net = search.SuperNet(search.SPACES["small"][0], 1, 10, g)
@@ -167,41 +189,6 @@ def test_both_steps_learn_from_the_teacher():
         size = float(found[0].abs().max())
         assert size > 1e-4 and float(found[2].abs().max()) < 1e-3 * size
         torch.testing.assert_close(found[1], found[0] / 2, rtol=1e-3, atol=1e-4 * size)
-
-
-def test_each_step_has_its_own_part_of_the_images_and_the_teacher(monkeypatch):
-    drawn, used = {}, []
-
-    def shuffled(self, index, *position, **more):
-        for n in range(100):
-            batch = index[BATCH * n:BATCH * (n + 1)]
-            x, y = self.batch(batch)
-            drawn[id(x)] = (x, set(batch.tolist()))                        # kept, so that no id is used twice
-            yield x, y
-
-    def watched(call):
-        def run(net, teacher, optimiser, *given):
-            x, _ = next(value for value in given if isinstance(value, tuple))
-            used.append((call.__name__, teacher, drawn[id(x)][1]))
-            return call(net, teacher, optimiser, *given)
-        return run
-    monkeypatch.setattr(data.Loader, "shuffled", shuffled)
-    for name in ("weight_step", "alpha_step"):
-        monkeypatch.setattr(search, name, watched(getattr(search, name)))
-    list(stage(space=1, taught=True, steps=10)[1])
-    parts = [set(part.tolist()) for part in data.split(data.load("fake", "train").labels, 0)]
-    assert [name for name, *_ in used] == (["weight_step"] * 5 + ["alpha_step"]) * 2
-    for name, teacher, images in used:
-        assert isinstance(teacher, Network) and len(images) == BATCH and images <= parts[name == "alpha_step"]
-
-
-@pytest.mark.parametrize("target, sign", [(0.4e6, -1), (3e6, 1), (None, 0)])
-def test_the_pull_moves_the_mean_macs_to_the_target(target, sign):
-    net, steps = stage(steps=10, flops_target=[target] * 5, mu=100.0, alpha_lr=0.1)
-    before = float(expected_macs(net, space_costs(net)).detach())
-    row = list(steps)[-1]
-    change = row["expected_macs"] / before - 1
-    assert change * sign > 0.05 if sign else abs(change) < 0.05
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
