@@ -2,6 +2,7 @@
 
 The oracles: one process on whole batches, an undisturbed run, and a count of what a sampled path consists of.
 """
+import argparse
 import contextlib
 import io
 import itertools
@@ -16,21 +17,59 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_search import BATCH, STEPS, contents, same, stage
+from oracles import TINY, chosen
+from test_recipe import PLAIN
+from test_search import contents, same
 
 import data
+import derive
 import flags
 import ops
 import processes
+import recipe
 import search
 import supernet as supernet_module
+from checkpoint import blank
+from supernet import initialise
 
 ROOT = Path(__file__).parent.parent
+STEPS, BATCH = 20, 32
+
+
+def stage(space=0, taught=False, lr=0.1, steps=STEPS):
+    """A stage of so many steps on the `fake` patterns: its supernet, and `train_stage` about to begin."""
+    images = data.load("fake", "train")
+    parts = data.split(images.labels, 0)
+    loader = data.Loader(images, images.statistics(parts[0]), BATCH)
+    args = argparse.Namespace(batch_size=BATCH, epochs=[steps * BATCH / len(parts[0])] * 5, lr=lr, mu=1.0,
+                              alpha_lr=0.02, accumulate=1, weight_decay=1e-4, seed=0, checkpoint_every=1,
+                              flops_target=[1e6] * 5)
+    nets = [search.SuperNet(search.SPACES["small"][k], 1, 10, data.generator(n))
+            for n, k in enumerate((space, 0))]
+    teacher = derive.Network(derive.derive(nets[1])).eval() if taught else None
+    if taught:
+        initialise(teacher, data.generator(2))
+    return nets[0], search.train_stage(nets[0], teacher, *search.optimisers(nets[0], args), loader, parts,
+                                       args, blank(), [])
+
+
+def trained():
+    """What `recipe.train` leaves of a small network, and the sizes of the batches that went through it."""
+    images, index, sizes = data.load("fake", "train"), torch.arange(240), []
+    loader = data.Loader(images, images.statistics(index), BATCH, torch.device("cpu"))
+    network = derive.Network(chosen(TINY._replace(resolution=28), [(0, 0, 0), (7, 1, 1), (4, 2, 1)]))
+    initialise(network, data.generator(3))
+    network.register_forward_pre_hook(lambda net, x: sizes.append(len(x[0])) if net.training else None)
+    args = argparse.Namespace(**PLAIN | {"batch_size": BATCH, "lr": 0.1, "ema": 0.5})
+    network, rows = recipe.train(network, loader, index, loader, torch.arange(240, 301), args, "tiny", 0,
+                                 Path("none"))
+    return {"network": network.state_dict(), "losses": [row["loss"] for row in rows], "sizes": sizes,
+            "accuracies": [row["accuracy"] for row in rows]}
 
 
 def without_norm():
     """Batch norm alone makes the images of a batch depend on each other; here it does nothing."""
-    ops.norm = supernet_module.norm = lambda x, layer: x
+    ops.norm = supernet_module.norm = derive.norm = lambda x, layer: x
 
 
 def work(rank, folder):
@@ -50,6 +89,7 @@ def work(rank, folder):
     net, steps = stage(lr=0.01, steps=10)
     row = list(steps)[-1]
     found.update(plain=net.state_dict(), plain_row={k: row[k] for k in ("loss", "accuracy", "alpha_loss")})
+    found["trained"] = trained()
     with contextlib.redirect_stderr(io.StringIO()) as said:
         try:
             processes.first(flags.settings, flags.parser(), ["--batch-size", "33", "--out", f"{folder}/none"])
@@ -86,7 +126,7 @@ def test_batch_norm_statistics_are_the_first_processes(two):
 
 
 def test_two_processes_compute_what_one_does(two, monkeypatch):
-    for module in (ops, supernet_module):
+    for module in (ops, supernet_module, derive):
         monkeypatch.setattr(module, "norm", module.norm)            # so that it is put back
     without_norm()
     net, steps = stage(lr=0.01, steps=10)
@@ -100,6 +140,22 @@ def test_two_processes_compute_what_one_does(two, monkeypatch):
     accuracy = two[0]["plain_row"].pop("accuracy")  # where two labels nearly tie, rounding decides
     assert accuracy == pytest.approx(row["accuracy"], abs=1.5 / (10 * BATCH))
     assert {k: pytest.approx(row[k], rel=1e-4) for k in two[0]["plain_row"]} == two[0]["plain_row"]
+
+
+def test_two_processes_train_a_network_as_one_does(two, monkeypatch):
+    """Each sees half of every batch, and of the test images; what is said is of all of them."""
+    for module in (ops, supernet_module, derive):
+        monkeypatch.setattr(module, "norm", module.norm)
+    without_norm()
+    wanted = trained()
+    assert wanted["sizes"] == [BATCH] * 14
+    for found in (process["trained"] for process in two):
+        assert found["sizes"] == [BATCH // 2] * 14
+        for name, tensor in wanted["network"].items():
+            torch.testing.assert_close(found["network"][name], tensor, rtol=1e-3, atol=1e-5)
+        assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-4)
+        assert found["accuracies"] == pytest.approx(wanted["accuracies"], abs=1.5 / 61)
+    assert min(wanted["accuracies"]) > 0.1 and wanted["losses"][1] < wanted["losses"][0] - 5e-3
 
 
 def test_only_what_was_sampled_travels(two):
