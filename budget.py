@@ -88,6 +88,8 @@ def bisect(log_p, table, budget, low):
     if budget < least:
         raise ValueError(f"{budget:,.0f} is below the cheapest network, of {least:,.0f} (the dearest: "
                          f"{most:,.0f})")
+    while low < 0 and viterbi(log_p, table, low)[2] < min(budget, most) * (1 - 1e-9):
+        low *= 4
     high = 1 / budget
     while (best := viterbi(log_p, table, high))[2] > budget:
         high *= 4
@@ -174,8 +176,18 @@ def choose(spaces, budget, show, near=False):
 
 
 def alternatives(log_p, table, budget, count):
-    """Up to `count` of the most likely networks near and within a budget, as by `viterbi`, best first."""
+    """Up to `count` of the most likely networks near and within a budget, as by `viterbi`, best first.
+
+    The first is exact. The others are those that are best at the budget's price and lie within it; the price
+    lists networks on both sides of the budget: ever more, until enough lie within.
+    """
     first = most_likely(log_p, table, budget)
     price = 0.0 if viterbi(log_p, table, 0.0)[2] <= budget else bisect(log_p, table, budget, 0.0)[0]
-    others = viterbi_list(log_p, table, price, 4 * count)
-    return [first, *(n for n in others if n[2] <= budget and n[0] != first[0])][:count]
+    found, length = [], 4 * count
+    while len(found) < count:
+        listed = viterbi_list(log_p, table, price, length)
+        found = [first, *(n for n in listed if n[2] <= budget and n[0] != first[0])][:count]
+        if len(listed) < length or length >= 1024:                         # there are no more, or too many
+            break
+        length *= 4
+    return sorted(found, key=lambda network: -network[1])

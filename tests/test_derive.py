@@ -29,8 +29,9 @@ from torch import nn
 from torch.testing import assert_close
 
 import derive
-from budget import most_likely, viterbi, viterbi_list
+from budget import alternatives, choose, most_likely, viterbi, viterbi_list
 from derive import Network, inherit, space_costs
+from flops import bounds
 from space import SPACES
 from supernet import CHOICES, SuperNet
 
@@ -127,6 +128,47 @@ def test_under_a_budget_no_network_is_more_likely(spread):
             assert chosen(TINY, options) == arch and total == macs(arch)
             assert value == pytest.approx(likelihood[cost <= budget].max(), abs=1e-9)
             assert likelihood[sum(options, ())] == pytest.approx(value, abs=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_alternatives_are_the_most_likely_networks_within_a_budget(seed):
+    net = supernet(seed=seed)
+    likelihood, cost = (array.ravel() for array in everything(net))
+    log_p, table = derive.log_probabilities(net), space_costs(net)
+    ranked = np.sort(likelihood)[::-1]
+    found = alternatives(log_p, table, float(cost.max()), 20)             # a budget that all networks keep
+    assert [value for _, value, _ in found] == pytest.approx(ranked[:20])
+    for budget in np.quantile(cost, (0.01, 0.3, 0.7)):
+        found = alternatives(log_p, table, float(budget), 20)
+        inside = np.sort(likelihood[cost <= budget])[::-1]
+        assert found[0][1] == pytest.approx(inside[0]) and 2 < len(found) <= 20
+        assert len({tuple(options) for options, *_ in found}) == len(found)
+        for options, value, total in found:
+            assert macs(chosen(TINY, options)) == total <= budget and value >= inside[500] - 1e-9
+        assert found == sorted(found, key=lambda network: -network[1])
+        assert len(alternatives(log_p, table, float(budget), 2)) == 2
+
+
+def test_of_several_stages_the_one_that_loses_least_has_the_network():
+    nets, which = [supernet(seed=seed, spread=1 + seed) for seed in range(3)], set()
+    every = [[array.ravel() for array in everything(net)] for net in nets]
+    spaces = [(derive.log_probabilities(net), space_costs(net)) for net in nets]
+    for budget in np.quantile(every[0][1], np.linspace(0.001, 1, 25)):
+        lost = [likelihood.max() - likelihood[cost <= budget].max() for likelihood, cost in every]
+        found = choose(spaces, float(budget), str)
+        assert found[0] == pytest.approx(min(lost), abs=1e-9)
+        assert found[1] == max(k for k in range(3) if lost[k] < min(lost) + 1e-9)
+        assert found[2][1] == pytest.approx(every[found[1]][0].max() - found[0])
+        which.add(found[1])
+    assert len(which) > 1
+
+
+@pytest.mark.parametrize("spread", [0.1, 3.0, 100.0])
+def test_what_comes_nearest_to_a_budget_at_a_price_reaches_both_ends(spread):
+    net = supernet(SPACES["small"][2], spread=spread)
+    spaces = [(derive.log_probabilities(net), space_costs(net))]
+    for end in bounds(spaces[0][1]):
+        assert choose(spaces, end, str, near=True)[2][2] == end
 
 
 def test_a_budget_below_the_cheapest_network_is_refused():

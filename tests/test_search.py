@@ -279,6 +279,8 @@ def test_bad_numbers_never_reach_a_weight(tmp_path, first, times, step, more, mo
         assert (f"A1: loss or gradients of step {step} are not finite; back to step 5, that batch is sk"
                 in said)
         assert all(torch.isfinite(w).all() for key in ("weights 0", "weights 1") for w in found[key].values())
+        saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+        assert saved["skipped"] == [step]                                  # which counts on after a kill
         steps = found["log"][-1]["steps"]
         assert len(calls) == steps + steps // 5 + more
         alphas = [found["weights 1"][name] for name in found["weights 1"] if ".alphas." in name]
