@@ -262,12 +262,13 @@ def main(argv=None):
             p.error(str(error))
         supernet = supernets[which]
         if args.refine > 1:
-            ranked = []
+            likeliest, ranked = found, []
             for candidate in alternatives(*spaces[which], budget, args.refine):
                 right = measure(arch(supernet, candidate[0]), supernet, loader, parts, ran.seed)[1]
                 told(supernet, candidate, right)
                 ranked.append((right, candidate))
             found = max(ranked, key=lambda pair: pair[0])[1]
+            lost += likeliest[1] - found[1]
             print("best:")
         told(supernet, found)
         if args.latency:
