@@ -147,12 +147,18 @@ class Loader:
             yield self._arrived([next(stream) for _ in range(each)])
 
 
-def split(index, generator=None, share=(0, 1)):
-    """The r-th of n slices of a batch as chunks for `Decoder`; with a generator each image has a seed."""
+def split(index, generator=None, share=(0, 1), size=None):
+    """The r-th of n slices of a batch as chunks for `Decoder`, of `size` images (`CHUNK`); with a generator
+    each image has a seed.
+    """
     r, n = share
     seeds = None if generator is None else torch.randint(2 ** 62, index.shape, generator=generator)
-    mine = index.tensor_split(n)[r].split(CHUNK)
-    return list(zip(mine, [None] * len(mine) if seeds is None else seeds.tensor_split(n)[r].split(CHUNK)))
+    mine = index.tensor_split(n)[r]
+    if not len(mine):                                     # of fewer images than processes
+        return []
+    size = size or CHUNK
+    parts = mine.split(size)
+    return list(zip(parts, [None] * len(parts) if seeds is None else seeds.tensor_split(n)[r].split(size)))
 
 
 class Rehearsal:
@@ -161,11 +167,12 @@ class Rehearsal:
     def __init__(self, loader, index, share=(0, 1)):
         clock, threads = time.perf_counter(), torch.get_num_threads()
         torch.set_num_threads(1)                          # as many as a worker has
-        parts = split(index[:loader.batch_size], data.generator(0), share)
-        chunks = [loader.decoder[part] for part in parts]
+        images = split(index[:loader.batch_size], data.generator(0), share, 1)
+        chunks = [loader.decoder[image] for image in images]
         torch.set_num_threads(threads)
-        self.seconds = (time.perf_counter() - clock) / sum(len(y) for _, y in chunks)
-        self.pair, self.workers = loader._arrived(chunks), loader.workers
+        self.seconds = (time.perf_counter() - clock) / len(chunks)
+        whole = [chunk for chunk in chunks if not isinstance(chunk, str)]     # nothing has been checked
+        self.pair, self.workers = loader._arrived(whole or chunks), loader.workers
 
     def shuffled(self, *position, **where):
         while True:

@@ -29,6 +29,7 @@ import latency
 import processes
 from budget import alternatives, choose, most_likely, viterbi
 from flops import amount, bounds, costs, expected, macs, params
+from folder import unchanged
 from ops import InvertedResidual, add_residual, conv, norm
 from space import CANDIDATES, SPACES, Arch, ArchBlock
 from supernet import CHOICES, SuperNet
@@ -231,6 +232,8 @@ def main(argv=None):
         except ValueError as error:
             p.error(f"{args.run / 'args.json'} is not what a run writes ({error})")
         images = flags.images(p, ran, "train", args.run)
+        with flags.explained(p, args.run):
+            unchanged(p, images, args.run)
         parts = data.split(images.labels, ran.seed)
         loader = images.loader(images.statistics(parts[0]), ran.batch_size)
     if args.points:

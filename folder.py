@@ -228,12 +228,26 @@ def record(p, images, out, parts=None):
         alphas = [os.fsdecode(name) for name in images.names[parts[1]]]
         notes["split.json"] = {"files": images.digest, "test": images.held_out, "architecture": alphas}
         if processes.first(read, out / "split.json") not in ({}, notes["split.json"]):
-            processes.first(p.error, f"--data {images.root} is not what it was when the run began "
-                                     f"({out / 'split.json'})")
+            changed(p, images, out)
         classes = "".join(name + "\n" for name in images.class_names)
         processes.save(out / "classes.txt", classes.encode(errors="surrogateescape"))
     for name, content in notes.items():
         processes.save(out / name, json.dumps(content, indent=1) + "\n")
+
+
+def unchanged(p, images, run):
+    """End in p.error if a `Folder` has other files than when the search in the folder `run` began: others are
+    held out then, so that images which it has seen would be tested on.
+    """
+    if isinstance(images, Folder):
+        noted = processes.first(read, run / "split.json")
+        if noted.get("files", images.digest) != images.digest:
+            changed(p, images, run)
+
+
+def changed(p, images, run):
+    processes.first(p.error, f"--data {images.root} is not what it was when the run began "
+                             f"({run / 'split.json'})")
 
 
 def read(file):

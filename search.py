@@ -217,11 +217,10 @@ def dry_run(args, images, parts, device):
         epoch_length, steps = schedule(args, stage, parts)
         space = SPACES[args.space][stage]._replace(resolution=images.resolution)
         supernet = SuperNet(space, **shape).to(device)
-        sgd, adam = optimisers(supernet, args)
-        still = {"lr": 0.0, "alpha_lr": 0.0}        # only time is asked for: no number can go bad
+        still = {"lr": 0.0, "alpha_lr": 0.0, "mu": 1.0}  # only time is asked for: no number can go bad
         few = {**vars(args), **still, "epochs": [11 / epoch_length] * 5, "checkpoint_every": 5}
         few, run = argparse.Namespace(**few), blank()
-        training = train_stage(supernet, teacher, sgd, adam, loader, parts, few, run, [])
+        training = train_stage(supernet, teacher, *optimisers(supernet, few), loader, parts, few, run, [])
         while run["step"] < 5:                      # five steps to warm up, and five to measure
             next(training)
         clock = time.perf_counter()

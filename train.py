@@ -32,7 +32,7 @@ import plot
 import processes
 from derive import Network, inherit, open_supernet
 from flags import number, one_line
-from folder import record
+from folder import record, unchanged
 from recipe import INITIAL, train
 from results import curves
 from space import Arch
@@ -148,8 +148,9 @@ def source(p, args, archs, folder):
     """Which images, as `flags.images` takes it: those of the run in `folder`, unless the flags say otherwise.
 
     The run's images are drawn by the run's own seed, so that its test images stay those that it never saw.
+    `own` is true of them.
     """
-    found = flags.DATA | {"seed": args.seed}
+    found, ran = flags.DATA | {"seed": args.seed}, {}
     if (folder / "args.json").exists():
         try:
             ran = json.loads((folder / "args.json").read_text())
@@ -159,6 +160,7 @@ def source(p, args, archs, folder):
         except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
             p.error(f"{folder / 'args.json'} is not what a run writes ({error})")
     found |= {key: getattr(args, key) for key in flags.DATA if getattr(args, key) is not None}
+    found["own"] = all(found[key] == ran.get(key) for key in ("data", "classes"))
     if found["data"] not in data.NAMES:
         found["resolution"] = found["resolution"] or next(iter(archs.values())).resolution
     return argparse.Namespace(**found)
@@ -244,6 +246,8 @@ def progress(label, checkpoint, trained, resume):
 
 def train_all(p, args, archs, folder, out, device, images, test, caught):
     """Train each of `archs` that is not trained yet, and write it and the results into the folder `out`."""
+    if args.own:
+        unchanged(p, images, folder)
     if not args.validate:
         record(p, images, out)
         record(p, test, out)
@@ -306,7 +310,7 @@ def main(argv=None):
     known = out if (out / "checked.json").exists() else folder
     images = flags.images(p, wanted, "train", known)
     test = images if args.validate else flags.images(p, wanted, "test", known)
-    args.data, args.split_seed = wanted.data, wanted.seed   # the parts that the search had
+    args.data, args.split_seed, args.own = wanted.data, wanted.seed, wanted.own  # the parts of the search
     processes.first(check, p, args, archs, folder, images)
     with contextlib.ExitStack() as stack, processes.signals() as caught, flags.explained(p, out):
         processes.first(flags.hold, p, out, stack)

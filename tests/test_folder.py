@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import struct
 import time
 import zlib
@@ -506,10 +507,46 @@ def test_a_dry_run_says_how_many_workers_are_needed_and_checks_nothing(searched,
     (root / bad).rename(tmp_path / "bad")
     monkeypatch.setattr(folder, "check", lambda *given: pytest.fail("checked"))
     search.main(["--data", str(root), *SHORT, "--stages", "1", "--dry-run", "--out", str(tmp_path / "run"),
-                 "--lr", "1e30"])                                   # only time is asked for: nothing diverges
+                 "--lr", "1e30", "--alpha-lr", "1e38", "--mu", "1e60"])    # only time is asked for
     (tmp_path / "bad").rename(root / bad)
     assert "ms an image in one worker; the fastest step needs" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("broken", [1, 3])
+def test_a_dry_run_takes_the_images_that_are_whole(broken, tmp_path, capsys):
+    write(tmp_path / "photos", "ab", 12)
+    images = open_folder(tmp_path / "photos")
+    first = data.split(images.labels, 0)[0][:4]
+    for i in first[:broken].tolist():
+        (tmp_path / "photos" / names(images)[i]).write_bytes(b"broken")
+    loader = decode.Rehearsal(images.loader(images.statistics(first), 4), first)
+    x, y = next(loader.shuffled())
+    assert len(x) == len(y) == 4 - broken and torch.equal(y, images.labels[first[broken:]])
+    assert "ms an image in one worker" in loader.advice(0.1, 24)
+
+
+def test_a_process_without_images_has_no_batches(tmp_path):
+    write(tmp_path, "ab", 3)
+    images = open_folder(tmp_path)
+    loader = images.loader(images.statistics(torch.arange(2)), 4)
+    assert list(loader.ordered(torch.arange(2).tensor_split(3)[2])) == []
+
+
+def test_the_runs_own_images_must_be_what_they_were(searched, tmp_path, capsys):
+    """Else images that the search has seen would be tested on."""
+    root, run, _ = searched
+    given = ["--epochs", "1", "--batch-size", "8", "--workers", "0", "--device", "cpu", "--out", tmp_path]
+    for name in (run / "classes.txt").read_text().splitlines():
+        shutil.copy(next((root / name).glob("*[0-9].*")), root / name / "more.png")
+    try:
+        for main, argv in ((train.main, [run / "A0.json", *given]),
+                           (derive.main, [run, "--flops", "1M", "--refine", "2"])):
+            refused(main, argv, "is not what it was when the run began", capsys)
+        train.main([str(a) for a in (run / "A0.json", "--classes", "3", *given)])  # others are not its own
+    finally:
+        for more in root.glob("*/more.png"):
+            more.unlink()
 
 
 @pytest.mark.parametrize("available", [1, 3, 64])

@@ -332,6 +332,11 @@ def place(finished, tmp_path, monkeypatch):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data.fashion, "__defaults__", (tmp_path / "fashion",))
+
+    def offline(images):
+        raise OSError("no network")
+    monkeypatch.setattr(data.CIFAR10, "download", offline)
+    monkeypatch.setattr(data.cifar, "__defaults__", (tmp_path / "cache",))
     return tmp_path
 
 
