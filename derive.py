@@ -5,7 +5,7 @@
     python derive.py runs/001 --latency 2ms      # measured here, for one image
 
 A network is a chain of choices, and what a block costs depends on its own choices and the width before
-it: so the most likely one under a budget is found exactly, and in milliseconds (budget.py).
+it: so the most likely one under a budget is found exactly (budget.py).
 """
 import argparse
 import itertools
@@ -205,7 +205,7 @@ def parser():
     g.add_argument("--points", type=flags.number(int, 2, 1000), metavar="N",
                    help="the front: N networks from the cheapest to the dearest, each measured (2 to 1000)")
     p.add_argument("--refine", type=flags.number(int, 1, 1000), default=1, metavar="N",
-                   help="measure the N most likely networks near the budget and take the best (1: none)")
+                   help="measure N likely networks near the budget and take the best (1: none)")
     p.add_argument("--out", type=Path, metavar="FILE", help="the JSON file (in the run's folder)")
     return p
 

@@ -175,8 +175,9 @@ def explained(p, out):
     except files.Refused as error:
         p.error(error)
     except OSError as error:
-        raise SystemExit(f"{p.prog}: {error.filename}: {error.strerror}; what was written before is whole, "
-                         f"and --resume --out {out} goes on with it") from None
+        where = error.filename or "its output"      # of a pipe that was closed
+        raise SystemExit(f"{p.prog}: {where}: {error.strerror}; what was written before is whole, and "
+                         f"--resume --out {out} goes on with it") from None
 
 
 def kept(args):

@@ -125,19 +125,19 @@ def find(root, part, seed, count=None):
         inner = os.path.join(val if val and part == "test" else base, name)
         if not (root / inner).is_dir():
             continue                                      # a class that val/ does not test
-        files, more = image_files(root / inner, above)
-        files = [os.path.join(inner, file) for file in files]
+        inside, more = image_files(root / inner, above)
+        inside = [os.path.join(inner, file) for file in inside]
         others += more
         if not val:
             drawn_by = f"{seed} {name}".encode(errors="surrogateescape")
-            test = set(draw(len(files), max(1, len(files) // 6), drawn_by))
-            held = [file for i, file in enumerate(files) if i in test]
-            files = held if part == "test" else [file for i, file in enumerate(files) if i not in test]
+            test = set(draw(len(inside), max(1, len(inside) // 6), drawn_by))
+            held = [file for i, file in enumerate(inside) if i in test]
+            inside = held if part == "test" else [file for i, file in enumerate(inside) if i not in test]
             held_out += held
-        if part == "train" and len(files) < 2:
-            raise ValueError(f"{inner} has too few images ({len(files)} to train on; there must be two)")
-        found += files
-        labels += [label] * len(files)
+        if part == "train" and len(inside) < 2:
+            raise ValueError(f"{inner} has too few images ({len(inside)} to train on; there must be two)")
+        found += inside
+        labels += [label] * len(inside)
     if not found:
         raise ValueError("has no images to test on")
     if others:

@@ -132,16 +132,16 @@ def parser():
 
 def networks(p, what):
     """The `Arch`s that the command line names, {file name without ending: Arch}, and their folder."""
-    files = sorted(what.glob("A[0-4].json")) if what.is_dir() else [what]
-    if not files:
+    paths = sorted(what.glob("A[0-4].json")) if what.is_dir() else [what]
+    if not paths:
         p.error(f"{what} has no A0.json, A1.json, ..: it is not the folder of a run")
     found = {}
-    for file in files:
+    for file in paths:
         try:
             found[file.stem] = Arch.from_json(file.read_text())
         except (OSError, ValueError) as error:
             p.error(f"{file}: {getattr(error, 'strerror', None) or error}")
-    return found, files[0].parent
+    return found, paths[0].parent
 
 
 def source(p, args, archs, folder):
