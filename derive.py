@@ -226,66 +226,86 @@ def main(argv=None):
     if not supernets:
         p.error(f"{args.run} has no A{'0' if args.stage is None else args.stage}.pt: no such stage was "
                 "finished")
-    if args.points or args.refine > 1:
-        try:
-            ran = flags.begun(settings)[1]
-        except ValueError as error:
-            p.error(f"{args.run / 'args.json'} is not what a run writes ({error})")
-        images = flags.images(p, ran, "train", args.run)
-        with flags.explained(p, args.run):
-            unchanged(p, images, args.run)
-        parts = data.split(images.labels, ran.seed)
-        loader = images.loader(images.statistics(parts[0]), ran.batch_size)
+    right = measurer(p, args.run, settings) if args.points or args.refine > 1 else None
     if args.points:
-        spaces = [(log_probabilities(supernet), space_costs(supernet)) for supernet in supernets]
-        ends, rows = [end for _, table in spaces for end in bounds(table)], []
-        for budget in np.geomspace(min(ends), max(ends), args.points):
-            _, which, found = choose(spaces, min(max(budget, min(ends)), max(ends)), str, near=True)
-            supernet = supernets[which]
-            right = measure(arch(supernet, found[0]), supernet, loader, parts, ran.seed)[1]
-            rows.append(told(supernet, found, right))
-        path, content = args.out or args.run / "points.json", json.dumps(rows, indent=1) + "\n"
+        name, content = "points", json.dumps(front(supernets, args.points, right), indent=1) + "\n"
     else:
-        budget = given = args.flops or args.params or args.latency
-        try:
-            if not given:                           # the dearest network keeps what all keep: no budget
-                supernets, show = supernets[-1:], str
-                tables = [space_costs(supernets[0])]
-                budget, name = bounds(tables[0])[1], f"A{stages[-1]}-likely"
-            elif args.latency:
-                show, name = latency.show, f"latency-{budget / 1e6:g}ms"
-                tables = measured_costs(supernets, args.run / "latency.json")
-            else:
-                name, cost = ("flops", "macs") if args.flops else ("params", "params")
-                show, name = f"{{:,.0f}} {cost}".format, f"{name}-{budget:.0f}"
-                tables = [space_costs(supernet, cost) for supernet in supernets]
-            spaces = list(zip(map(log_probabilities, supernets), tables))
-            lost, which, found = choose(spaces, budget, show)
-        except (OSError, ValueError) as error:
-            p.error(str(error))
-        supernet = supernets[which]
-        if args.refine > 1:
-            likeliest, ranked = found, []
-            for candidate in alternatives(*spaces[which], budget, args.refine):
-                right = measure(arch(supernet, candidate[0]), supernet, loader, parts, ran.seed)[1]
-                told(supernet, candidate, right)
-                ranked.append((right, candidate))
-            found = max(ranked, key=lambda pair: pair[0])[1]
-            lost += likeliest[1] - found[1]
-            print("best:")
-        told(supernet, found)
-        if args.latency:
-            whole, = latency.measure_networks([Network(arch(supernet, found[0]))])
-            print(f"{show(found[2])} by its layers, {show(whole)} measured as a whole")
-        if given:
-            print(f"{100 * (1 - found[2] / budget):.2f} % under the budget; it costs {lost:.2f} nats of "
-                  "likelihood")
-        path, content = args.out or args.run / f"{name}.json", arch(supernet, found[0]).to_json()
+        name, found = likely(p, args, supernets, right)
+        content = found.to_json()
+    path = args.out or args.run / f"{name}.json"
     try:
         files.write(path, content)
     except OSError as error:
         p.error(f"{path}: {error.strerror}")
     print(f"written: {path}")
+
+
+def measurer(p, run, settings):
+    """A function of a supernet of the run and one of its networks, (options, ..), that says its accuracy on
+    the architecture part of the run's images.
+    """
+    try:
+        ran = flags.begun(settings)[1]
+    except ValueError as error:
+        p.error(f"{run / 'args.json'} is not what a run writes ({error})")
+    images = flags.images(p, ran, "train", run)
+    with flags.explained(p, run):
+        unchanged(p, images, run)
+    parts = data.split(images.labels, ran.seed)
+    loader = images.loader(images.statistics(parts[0]), ran.batch_size)
+    return lambda supernet, found: measure(arch(supernet, found[0]), supernet, loader, parts, ran.seed)[1]
+
+
+def front(supernets, points, right):
+    """Rows of `points` networks from the cheapest to the dearest, evenly on a logarithmic scale of MACs, each
+    measured by `right`.
+    """
+    spaces = [(log_probabilities(supernet), space_costs(supernet)) for supernet in supernets]
+    ends, rows = [end for _, table in spaces for end in bounds(table)], []
+    for budget in np.geomspace(min(ends), max(ends), points):
+        _, which, found = choose(spaces, min(max(budget, min(ends)), max(ends)), str, near=True)
+        rows.append(told(supernets[which], found, right(supernets[which], found)))
+    return rows
+
+
+def likely(p, args, supernets, right):
+    """(name of its file, network): the most likely within the budget that `args` names, or without one the
+    last supernet's; of args.refine likely ones the best by `right`. A budget out of reach ends in p.error.
+    """
+    budget = args.flops or args.params or args.latency
+    try:
+        if args.latency:
+            show, name = latency.show, f"latency-{budget / 1e6:g}ms"
+            tables = measured_costs(supernets, args.run / "latency.json")
+        elif budget:
+            name, cost = ("flops", "macs") if args.flops else ("params", "params")
+            show, name = f"{{:,.0f}} {cost}".format, f"{name}-{budget:.0f}"
+            tables = [space_costs(supernet, cost) for supernet in supernets]
+        else:                                       # the dearest network keeps what all keep: no budget
+            supernets, show, name = supernets[-1:], str, f"A{supernets[-1].space.stage}-likely"
+            tables = [space_costs(supernets[0])]
+        within = budget or bounds(tables[0])[1]
+        spaces = list(zip(map(log_probabilities, supernets), tables))
+        lost, which, found = choose(spaces, within, show)
+    except (OSError, ValueError) as error:
+        p.error(str(error))
+    supernet = supernets[which]
+    if args.refine > 1:
+        likeliest, ranked = found, []
+        for candidate in alternatives(*spaces[which], within, args.refine):
+            ranked.append((right(supernet, candidate), candidate))
+            told(supernet, candidate, ranked[-1][0])
+        found = max(ranked, key=lambda pair: pair[0])[1]
+        lost += likeliest[1] - found[1]
+        print("best:")
+    told(supernet, found)
+    if args.latency:
+        whole, = latency.measure_networks([Network(arch(supernet, found[0]))])
+        print(f"{show(found[2])} by its layers, {show(whole)} measured as a whole")
+    if budget:
+        print(f"{100 * (1 - found[2] / budget):.2f} % under the budget; it costs {lost:.2f} nats of "
+              "likelihood")
+    return name, arch(supernet, found[0])
 
 
 def measured_costs(supernets, file):
