@@ -213,16 +213,16 @@ def parser():
 def main(argv=None):
     p = parser()
     args = p.parse_args(argv)
+    if args.points and args.refine > 1:
+        p.error("--refine is for one budget, not for --points")
+    if 0 in (args.flops, args.params):
+        p.error("a budget must be above 0")
     try:
         settings = json.loads((args.run / "args.json").read_text())
         stages = [k for k in range(5) if (args.run / f"A{k}.pt").exists() and args.stage in (None, k)]
         supernets = [open_supernet(args.run, k) for k in stages]
     except (OSError, ValueError, RecursionError) as error:
         p.error(f"{args.run} is not the folder of a run ({error})")
-    if args.points and args.refine > 1:
-        p.error("--refine is for one budget, not for --points")
-    if 0 in (args.flops, args.params):
-        p.error("a budget must be above 0")
     if not supernets:
         p.error(f"{args.run} has no A{'0' if args.stage is None else args.stage}.pt: no such stage was "
                 "finished")

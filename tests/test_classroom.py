@@ -112,6 +112,7 @@ def test_right_and_wrong_answers_among_ruins(solved, capsys):
                          "5.1  candidate                 flops.py has no candidate", "1 of 4 passed"]
 
 
+@pytest.mark.slow
 def test_answers_that_do_not_come_to_an_end(solved, monkeypatch):
     answer(solved, "4.2", "return first +", "while True: pass\n    return first +")
     monkeypatch.setattr(assignment, "PATIENCE", 2)

@@ -86,7 +86,8 @@ class Countdown(list):
         return self.n < 0
 
 
-@pytest.mark.parametrize("looks", [3, 12, 16])  # in A0, in A1, and after A0's last checkpoint
+@pytest.mark.parametrize("looks", [
+    pytest.param(3, marks=pytest.mark.slow), 12, 16])       # in A0, in A1, and after A0's last checkpoint
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(undisturbed, tmp_path, looks, monkeypatch, capsys):
     out = tmp_path / "run"
     monkeypatch.setattr(search.processes, "signals", lambda: search.contextlib.nullcontext(Countdown(looks)))
@@ -119,8 +120,7 @@ def test_the_search_never_sees_the_test_images(tmp_path, monkeypatch):
     assert asked == ["train"]
 
 
-@pytest.mark.parametrize("widen", ["eq3", "zero"])
-def test_a_stage_grows_ends_in_its_network_and_teaches_the_next(widen, tmp_path, monkeypatch):
+def test_a_stage_grows_ends_in_its_network_and_teaches_the_next(tmp_path, monkeypatch):
     """Figure 2 around the training, in place of which all grows likely that is dear."""
     out, begun, grown = tmp_path / "run", [], []
 
@@ -137,9 +137,9 @@ def test_a_stage_grows_ends_in_its_network_and_teaches_the_next(widen, tmp_path,
         return grow(net, space, generator, how)
     monkeypatch.setattr(search, "train_surely", train)
     monkeypatch.setattr(search, "grow", growth)
-    main(*SHORT, "--stages", "2", "--widen", widen, "--seed", "4", "--out", str(out))
+    main(*SHORT, "--stages", "2", "--widen", "zero", "--seed", "4", "--out", str(out))
     summary, labels = json.loads((out / "summary.json").read_text()), data.load("fake", "train").labels
-    assert grown == [widen] and begun[0][0] is None
+    assert grown == ["zero"] and begun[0][0] is None
     for stage, (teacher, loader, parts, likely) in enumerate(begun):
         assert all(torch.equal(one, two) for one, two in zip(parts, data.split(labels, 4), strict=True))
         arch = Arch.from_json((out / f"A{stage}.json").read_text())
@@ -198,8 +198,7 @@ def test_learning_rate_warms_up_and_ends_at_zero():
 
 
 @pytest.mark.parametrize("flags, grown, taught", [
-    ([], True, True), (["--widen", "zero"], True, True), (["--no-distill"], True, False),
-    (["--no-grow"], False, True),
+    ([], True, True), (["--no-distill"], True, False), (["--no-grow"], False, True),
     (["--method", "direct"], False, False), (["--method", "naive"], True, False)])
 def test_the_methods_differ_in_growth_and_teacher(tmp_path, flags, grown, taught, capsys):
     """Figs. 5 and 6. The oracles: what is printed of a growth, and the log's lambda."""
@@ -258,7 +257,7 @@ def test_a_step_has_no_gradients_but_its_own(target):
 
 
 @pytest.mark.parametrize("first, times, step, more", [
-    (9, 1, 7, 2),                   # the bad one, 5 and 6 once more, 7 never
+    pytest.param(9, 1, 7, 2, marks=pytest.mark.slow),  # the bad one, 5 and 6 once more, 7 never
     (12, 1, 9, 4),                  # the bad one, an alpha step; 5 to 8 once more, neither step of 9
     (9, 6, 7, 0)])
 def test_bad_numbers_never_reach_a_weight(tmp_path, first, times, step, more, monkeypatch, capsys):
