@@ -89,7 +89,7 @@ def bisect(log_p, table, budget, low):
         raise ValueError(f"{budget:,.0f} is below the cheapest network, of {least:,.0f} (the dearest: "
                          f"{most:,.0f})")
     while low < 0 and viterbi(log_p, table, low)[2] < min(budget, most) * (1 - 1e-9):
-        low *= 4
+        low *= 4                                    # a reward too small to reach the budget
     high = 1 / budget
     while (best := viterbi(log_p, table, high))[2] > budget:
         high *= 4

@@ -78,25 +78,31 @@ def tasks():
     return dict(sorted(found.items()))
 
 
-def blank(text, wanted):
-    """A source text without the bodies of the functions `wanted`, {name: task}; their docstrings stay."""
+def rewrite(text, change):
+    """A source text, each of its functions as change(name, node, lines of it) gives it."""
     lines = text.splitlines(keepends=True)
     for name, node in sorted(functions(text).items(), key=lambda pair: -pair[1].lineno):
-        if name in wanted:
-            indent = " " * node.body[0].col_offset
-            body = f'{indent}raise NotImplementedError("task {wanted[name]}")\n'
-            lines[node.body[0].end_lineno:node.end_lineno] = [body]
+        mine = slice(node.lineno - 1, node.end_lineno)
+        lines[mine] = change(name, node, lines[mine])
     return "".join(lines)
+
+
+def blank(text, wanted):
+    """A source text without the bodies of the functions `wanted`, {name: task}; their docstrings stay."""
+    def change(name, node, lines):
+        if name not in wanted:
+            return lines
+        first = node.body[0]
+        body = f'{" " * first.col_offset}raise NotImplementedError("task {wanted[name]}")\n'
+        return [*lines[:first.end_lineno - node.lineno + 1], body]
+    return rewrite(text, change)
 
 
 def solve(text, solved, names):
     """A source text with the functions `names` as they are in the source text `solved`."""
-    answers, source = functions(solved), solved.splitlines(keepends=True)
-    lines = text.splitlines(keepends=True)
-    for name, node in sorted(functions(text).items(), key=lambda pair: -pair[1].lineno):
-        if name in names:
-            lines[node.lineno - 1:node.end_lineno] = source[answers[name].lineno - 1:answers[name].end_lineno]
-    return "".join(lines)
+    source = solved.splitlines(keepends=True)
+    answers = {name: source[node.lineno - 1:node.end_lineno] for name, node in functions(solved).items()}
+    return rewrite(text, lambda name, node, lines: answers[name] if name in names else lines)
 
 
 def tests(task):

@@ -17,18 +17,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from oracles import TINY, chosen
+from oracles import TINY, chosen, without_norm
 from test_recipe import PLAIN
 from test_search import contents, same
 
 import data
 import derive
 import flags
-import ops
 import processes
 import recipe
 import search
-import supernet as supernet_module
 from checkpoint import blank
 from supernet import initialise
 
@@ -65,11 +63,6 @@ def trained():
                                  Path("none"))
     return {"network": network.state_dict(), "losses": [row["loss"] for row in rows], "sizes": sizes,
             "accuracies": [row["accuracy"] for row in rows]}
-
-
-def without_norm():
-    """Batch norm alone makes the images of a batch depend on each other; here it does nothing."""
-    ops.norm = supernet_module.norm = derive.norm = lambda x, layer: x
 
 
 def work(rank, folder):
@@ -126,9 +119,7 @@ def test_batch_norm_statistics_are_the_first_processes(two):
 
 
 def test_two_processes_compute_what_one_does(two, monkeypatch):
-    for module in (ops, supernet_module, derive):
-        monkeypatch.setattr(module, "norm", module.norm)            # so that it is put back
-    without_norm()
+    without_norm(monkeypatch.setattr)
     net, steps = stage(lr=0.01, steps=10)
     start = {name: p.detach().clone() for name, p in net.named_parameters()}
     row = list(steps)[-1]
@@ -144,9 +135,7 @@ def test_two_processes_compute_what_one_does(two, monkeypatch):
 
 def test_two_processes_train_a_network_as_one_does(two, monkeypatch):
     """Each sees half of every batch, and of the test images; what is said is of all of them."""
-    for module in (ops, supernet_module, derive):
-        monkeypatch.setattr(module, "norm", module.norm)
-    without_norm()
+    without_norm(monkeypatch.setattr)
     wanted = trained()
     assert wanted["sizes"] == [BATCH] * 14
     for found in (process["trained"] for process in two):

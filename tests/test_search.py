@@ -14,13 +14,11 @@ from unittest import mock
 
 import pytest
 import torch
-from oracles import macs, settle
+from oracles import macs, settle, without_norm
 
 import data
-import ops as search_ops
 import search
 import step as step_module
-import supernet as supernet_module
 from derive import Network, derive, inherit, open_supernet, recalibrate
 from flops import TARGETS
 from grow import grow
@@ -222,8 +220,7 @@ def test_compound_scaling_searches_a0_alone(tmp_path):
 
 
 def test_pieces_of_a_batch_give_the_gradient_of_the_whole(monkeypatch):
-    for module in (search_ops, supernet_module):                   # batch norm alone ties the images together
-        monkeypatch.setattr(module, "norm", lambda x, layer: x)
+    without_norm(monkeypatch.setattr)
     x, y = torch.rand(12, 1, 28, 28, generator=data.generator(1)), torch.arange(12) % 10
     found = []
     for pieces in (1, 3, 5):
