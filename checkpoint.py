@@ -3,9 +3,7 @@
 `run` is a dict: how far the search is, and what it has found. Supernet, optimisers and teacher join it in the
 file.
 """
-import files
-import flags
-import processes
+from machinery import files, flags, processes
 
 VERSION = 2                     # of the file
 
@@ -18,7 +16,7 @@ def blank():
 
 def keep(last, run, args, stage, supernet, sgd, adam, teacher):
     """Write the checkpoint `last`: all that a run needs to go on from here, to the last bit."""
-    processes.save(last, run | {
+    processes.write(last, run | {
         "version": VERSION, "settings": flags.kept(args), "stage": stage, "supernet": supernet.state_dict(),
         "sgd": sgd.state_dict(), "adam": adam.state_dict(), "teacher": teacher and teacher.state_dict(),
         "teacher_arch": teacher and teacher.arch.to_json()})
@@ -26,7 +24,7 @@ def keep(last, run, args, stage, supernet, sgd, adam, teacher):
 
 def recall(last, args, device):
     """What `keep` wrote. files.Refused unless it is whole, and of this version and this run."""
-    run = files.unpack(processes.first(last.read_bytes), last)
+    run = files.unpack(processes.on_rank0(last.read_bytes), last)
     if run.get("version") != VERSION:
         raise files.Refused(f"{last} is of version {run.get('version')}, this is version {VERSION}: start "
                             "anew")

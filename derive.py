@@ -23,45 +23,15 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-import files
-import flags
-import latency
-import processes
 from budget import alternatives, choose, most_likely, viterbi
 from flops import amount, bounds, costs, expected, macs, params
-from folder import unchanged
-from ops import InvertedResidual, add_residual, conv, norm
+from machinery import files, flags, latency, processes
+from machinery.folder import unchanged
+from network import Network
 from space import CANDIDATES, SPACES, Arch, ArchBlock
 from supernet import CHOICES, SuperNet
 
 RECALIBRATION = 32              # training batches that measure a derived network's batch-norm statistics
-
-
-class Network(nn.Module):
-    """The stand-alone network of an `Arch`: images (B, in_channels, H, W) -> logits (B, classes).
-
-    dropout: probability before the classifier, when training.
-    """
-
-    def __init__(self, arch, dropout=0.0):
-        super().__init__()
-        self.arch, self.dropout = arch, dropout
-        self.stem = nn.Conv2d(arch.in_channels, arch.stem, 3, 2, 1, bias=False)
-        self.stem_norm = nn.BatchNorm2d(arch.stem)
-        self.blocks = nn.ModuleList(InvertedResidual(b.op, inputs, b.hidden, b.out, b.stride, b.expand)
-                                    for inputs, b in zip(arch.inputs(), arch.blocks))
-        self.head = nn.Conv2d(arch.blocks[-1].out, arch.head, 1, bias=False)
-        self.head_norm = nn.BatchNorm2d(arch.head)
-        self.classifier = nn.Linear(arch.head, arch.classes)
-
-    def forward(self, x):
-        x = conv(x, self.stem, self.arch.stem).contiguous(memory_format=torch.channels_last)
-        x = F.hardswish(norm(x, self.stem_norm))
-        for block, chosen in zip(self.blocks, self.arch.blocks):
-            y = block(x)
-            x = add_residual(y, x) if chosen.residual else y
-        x = F.hardswish(norm(conv(x, self.head, self.arch.head), self.head_norm))
-        return self.classifier(F.dropout(x.mean((2, 3)), self.dropout, self.training))
 
 
 @torch.no_grad()
@@ -154,7 +124,7 @@ def accuracy(network, loader, index):
     right = torch.zeros(1, device=loader.device)
     for x, y in loader.ordered(index[rank::n]):
         right += (network(x).argmax(1) == y).sum()
-    return float(processes.total(right)) / len(index)
+    return float(processes.all_reduce_sum(right)) / len(index)
 
 
 def measure(arch, supernet, loader, parts, *position):

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
-from results import FILES, OPS, Missing, curves, entropies, history, measured, networks, spread
+from machinery.results import FILES, OPS, Missing, curves, entropies, history, measured, networks, spread
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")      # Okabe and Ito's
 MARKS = "osD^vPX"                                               # one more than colours: 42 different pairs

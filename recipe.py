@@ -13,9 +13,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import data
-import files
-import processes
 from derive import accuracy
+from machinery import files, processes
 from step import learning_rate
 
 BATCHES, INITIAL = range(10, 12)                # what is drawn: with seed and stage it seeds a generator
@@ -41,9 +40,9 @@ def train(network, loader, index, tester, test_index, args, name, stage, checkpo
     epoch_length = len(index) // args.batch_size
     settings = {key: getattr(args, key) for key in SETTINGS}
     settings["network"] = str(getattr(network, "arch", name))
-    if args.resume and processes.first(checkpoint.exists):
+    if args.resume and processes.on_rank0(checkpoint.exists):
         try:
-            saved = files.unpack(processes.first(checkpoint.read_bytes), checkpoint)
+            saved = files.unpack(processes.on_rank0(checkpoint.read_bytes), checkpoint)
             for key, value in settings.items():
                 if saved["settings"][key] != value:
                     raise ValueError(f"its {key} is {saved['settings'][key]}, not {value}")
@@ -67,7 +66,7 @@ def train(network, loader, index, tester, test_index, args, name, stage, checkpo
         if not math.isfinite(total + sum(row["loss"] for row in rows)):
             raise SystemExit(f"train.py: the loss of {name} is not finite in epoch {epoch}; try a lower --lr")
         if not args.validate:
-            processes.save(checkpoint, {
+            processes.write(checkpoint, {
                 "settings": settings, "network": network.state_dict(), "sgd": sgd.state_dict(),
                 "average": average and average.state_dict(), "rows": rows, "step": begin, "total": total,
                 "seconds": seconds})
@@ -93,7 +92,7 @@ def train(network, loader, index, tester, test_index, args, name, stage, checkpo
                     part = part * (len(part_y) / len(y))
                     part.backward()
                     loss += part.detach()
-                loss, = processes.average(network.parameters(), loss)  # and gradients, over all processes
+                loss, = processes.all_reduce_mean(network.parameters(), loss)  # and gradients, over all processes
                 sgd.step()
                 if args.ema:                        # slower from step to step, until it is what was asked for
                     done = epoch * epoch_length + step
@@ -103,7 +102,7 @@ def train(network, loader, index, tester, test_index, args, name, stage, checkpo
                 bar.update()
                 if step % 50 == 49:
                     bar.set_postfix_str(f"loss {float(total) / (step + 1):.3f}")
-                stopped = processes.heard(caught)
+                stopped = processes.pending_signal(caught)
                 if step + 1 < epoch_length and (stopped or (step + 1) % args.checkpoint_every == 0):
                     begin, now = step + 1, time.perf_counter()
                     seconds, clock = seconds + now - clock, now
@@ -113,9 +112,9 @@ def train(network, loader, index, tester, test_index, args, name, stage, checkpo
                               "the same command with --resume goes on")
                         print(f"stopped in epoch {epoch} of {name}, after step {begin}; {on}", flush=True)
                         raise SystemExit(128 + stopped)
-        processes.spread(network)
+        processes.broadcast(network)
         if average:
-            processes.spread(average)
+            processes.broadcast(average)
         right = accuracy(result, tester, test_index)
         rows.append({"epoch": epoch, "loss": float(total) / epoch_length, "accuracy": right,
                      "seconds": seconds + time.perf_counter() - clock})

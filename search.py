@@ -23,18 +23,15 @@ import torch
 from tqdm import tqdm
 
 import data
-import decode
 import distill
-import flags
 import flops
-import folder
 import machine
 import plot
-import processes
-import results
 from checkpoint import blank, keep, recall, restore
-from derive import Network, derive, expected_macs, measure, space_costs
+from derive import derive, expected_macs, measure, space_costs
 from grow import describe, grow, movement
+from machinery import decode, flags, folder, processes, results
+from network import Network
 from scaling import scale
 from space import SPACES, Arch
 from step import alpha_step, learning_rate, weight_step
@@ -58,13 +55,13 @@ def search(args, images, parts, run, out, device, caught):
     shape = {"in_channels": images.channels, "classes": images.classes}
     supernet = teacher = None
     last, resumed = out / "last.pt", "supernet" in run
-    processes.log(out / "log.jsonl", run["logged"], "")  # of a run gone on with: no more than it had then
+    processes.append(out / "log.jsonl", run["logged"], "")  # of a run gone on with: no more than it had then
     for stage in range(run["stage"], args.stages):
         clock = time.perf_counter()
         alone = processes.share()[1] == 1                                        # a meter sees one device
         meter = machine.meter(device, run["kwh"]) if alone else None
         if args.method == "scaling" and stage:
-            base = Arch.from_json(processes.first((out / "A0.json").read_text))
+            base = Arch.from_json(processes.on_rank0((out / "A0.json").read_text))
             arch = scale(base, stage, args.flops_target[stage])
             conclude(run, out, stage, arch, None, time.perf_counter() - clock, device, meter)
             continue
@@ -95,17 +92,17 @@ def search(args, images, parts, run, out, device, caught):
                 run["kwh"] = meter()                # now and then, before its counter wraps around
             if row is not None:
                 text = json.dumps(row | {"seconds": run["seconds"]}) + "\n"
-                run["logged"] = processes.log(out / "log.jsonl", run["logged"], text)
+                run["logged"] = processes.append(out / "log.jsonl", run["logged"], text)
             keep(last, run, args, stage, supernet, sgd, adam, teacher)
-            if stopped := processes.heard(caught):
+            if stopped := processes.pending_signal(caught):
                 print(f"stopped in A{stage}, after step {run['step']}; go on with: "
                       f"python search.py --resume --out {out}", flush=True)
                 raise SystemExit(128 + stopped)
 
-        processes.spread(supernet)
+        processes.broadcast(supernet)
         arch = derive(supernet, args.flops_target[stage])
         network, right = measure(arch, supernet, loader, parts, args.seed, stage, WEIGHTS)
-        processes.save(out / f"A{stage}.pt", supernet.state_dict())
+        processes.write(out / f"A{stage}.pt", supernet.state_dict())
         conclude(run, out, stage, arch, right, time.perf_counter() - clock, device, meter)
         teacher = network if args.distill else None
     return run["summary"]
@@ -118,8 +115,8 @@ def conclude(run, out, stage, arch, right, seconds, device, meter):
     run["summary"].append({"stage": stage, "flops": flops.macs(arch), "params": flops.params(arch),
                            "accuracy": right, "seconds": seconds, "device_hours": hours, "kwh": kwh,
                            "co2e_lb": co2e})
-    processes.save(out / f"A{stage}.json", arch.to_json())
-    processes.save(out / "summary.json", json.dumps(run["summary"], indent=1) + "\n")
+    processes.write(out / f"A{stage}.json", arch.to_json())
+    processes.write(out / "summary.json", json.dumps(run["summary"], indent=1) + "\n")
     says = "" if right is None else (f", and {100 * right:.1f} % of the architecture part right with the "
                                      "supernet's weights")
     print(f"A{stage}: a network of {flops.macs(arch) / 1e6:.2f} M MACs{says}", flush=True)
@@ -192,7 +189,7 @@ def train_stage(supernet, teacher, sgd, adam, loader, parts, args, run, caught):
                     report(bar, f"A{stage} step", step + 1, steps, run["means"], tau, lam)
                 if (step + 1) % HISTORY == 0:
                     run["alphas"].append([step + 1, supernet.probabilities()])
-                if step + 1 < last and (processes.heard(caught) or (step + 1) % args.checkpoint_every == 0):
+                if step + 1 < last and (processes.pending_signal(caught) or (step + 1) % args.checkpoint_every == 0):
                     yield None
         row = {"stage": stage, "epoch": epoch, "step": last, "steps": steps, **means(run["means"]),
                "temperature": tau, "lambda": lam, "expected_macs": float(expected_macs(supernet, table)),
@@ -279,26 +276,26 @@ def report(bar, label, step, steps, totals, tau, lam):
         print(f"{label} {step}/{steps}  {text}", flush=True)
 
 
-@processes.join()
+@processes.process_group()
 def main(argv=None):
     p = flags.parser(__doc__)
-    args = processes.first(flags.settings, p, argv)
+    args = processes.on_rank0(flags.settings, p, argv)
     device = processes.choose_device(p, args.device)
     images = flags.images(p, args, "train", args.out, checked=not args.dry_run)
     if args.batch_size > len(images.labels) // 6:
-        processes.first(p.error, f"--batch-size {args.batch_size} is more than the {len(images.labels) // 6} "
+        processes.on_rank0(p.error, f"--batch-size {args.batch_size} is more than the {len(images.labels) // 6} "
                                  "images of the architecture part")
     for space in SPACES[args.space][:args.stages]:
-        processes.first(flags.fit, p, args, images.resolution, f"A{space.stage}", space.blocks)
-    args.flops_target = processes.first(flags.aim, p, args, images)
+        processes.on_rank0(flags.fit, p, args, images.resolution, f"A{space.stage}", space.blocks)
+    args.flops_target = processes.on_rank0(flags.aim, p, args, images)
     parts = data.split(images.labels, args.seed)
     if args.dry_run:
         return print(dry_run(args, images, parts, device))
-    with contextlib.ExitStack() as stack, processes.signals() as caught, flags.explained(p, args.out):
-        processes.first(flags.hold, p, args.out, stack)
+    with contextlib.ExitStack() as stack, processes.catch_signals() as caught, flags.explained(p, args.out):
+        processes.on_rank0(flags.hold, p, args.out, stack)
         last = args.out / "last.pt"
-        run = recall(last, args, device) if args.resume and processes.first(last.exists) else blank()
-        processes.save(args.out / "args.json", json.dumps(flags.kept(args), indent=1) + "\n")
+        run = recall(last, args, device) if args.resume and processes.on_rank0(last.exists) else blank()
+        processes.write(args.out / "args.json", json.dumps(flags.kept(args), indent=1) + "\n")
         folder.record(p, images, args.out, parts)
         processes.note("out", str(args.out))
         print(f"{args.method} on {args.data}, seed {args.seed}, into {args.out}", flush=True)

@@ -8,7 +8,7 @@ import torch
 
 import data
 import distill
-import processes
+from machinery import processes
 from supernet import require_grad, step_sampled
 
 
@@ -63,7 +63,7 @@ def checked(parameters, found, step):
 
     FloatingPointError if the loss or a gradient is not finite.
     """
-    found, = processes.average(parameters, found)
+    found, = processes.all_reduce_mean(parameters, found)
     bad, unscaled = torch.tensor([0.0, 1.0], device=found.device)
     torch._amp_foreach_non_finite_check_and_unscale_(  # GradScaler's own: one pass over all of them
         [found, *(p.grad for p in parameters if p.grad is not None)], bad, unscaled)

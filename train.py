@@ -24,17 +24,16 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import torch
 
 import data
-import files
-import flags
 import flops
 import machine
 import plot
-import processes
-from derive import Network, inherit, open_supernet
-from flags import number, one_line
-from folder import record, unchanged
+from derive import inherit, open_supernet
+from machinery import files, flags, processes
+from machinery.flags import number, one_line
+from machinery.folder import record, unchanged
+from machinery.results import curves
+from network import Network
 from recipe import INITIAL, train
-from results import curves
 from space import Arch
 from supernet import initialise
 
@@ -233,7 +232,7 @@ def enter(file, row):
     """Write `row` into a trained.json, in place of the one of its name and init; returns all rows."""
     rows = [r for r in read_rows(file) if (r["name"], r["init"]) != (row["name"], row["init"])] + [row]
     rows.sort(key=lambda r: (r["name"], r["init"]))
-    processes.save(file, json.dumps(rows, indent=1) + "\n")
+    processes.write(file, json.dumps(rows, indent=1) + "\n")
     return rows
 
 
@@ -257,16 +256,16 @@ def train_all(p, args, archs, folder, out, device, images, test, caught):
         index, test_index = data.split(images.labels, args.split_seed)
     stats = images.statistics(index)
     results = out / "trained.json"
-    rows = processes.first(read_rows, results)
+    rows = processes.on_rank0(read_rows, results)
     for name, searched in archs.items():
         arch = searched._replace(classes=images.classes, resolution=images.resolution)  # as the images are
         given = completed(args, arch.space, device)
         given.data = f"{len(index):,} images of {getattr(images, 'digest', args.data)}"
-        processes.first(check_size, p, name, arch, given, len(index), device)
+        processes.on_rank0(check_size, p, name, arch, given, len(index), device)
         label = name if args.init == "scratch" else f"{name}.{args.init}"     # what its files are called
         checkpoint, mine = out / f"{label}.last.pt", {"name": name, "init": args.init}
         trained = next((row for row in rows if mine.items() <= row.items()), None)
-        before = processes.first(progress, label, checkpoint, trained, args.resume)
+        before = processes.on_rank0(progress, label, checkpoint, trained, args.resume)
         if before == "trained":
             print(f"{label} is trained: {100 * trained['epochs'][-1]['accuracy']:.2f} % after epoch "
                   f"{len(trained['epochs']) - 1}", flush=True)
@@ -285,9 +284,9 @@ def train_all(p, args, archs, folder, out, device, images, test, caught):
         row = mine | {"stage": arch.stage, "flops": flops.macs(arch), "params": flops.params(arch),
                "accuracy": epochs[-1]["accuracy"], "seconds": sum(e["seconds"] for e in epochs),
                "seed": args.seed, "epochs": epochs}
-        processes.save(out / f"{label}.trained.pt", network.state_dict())
+        processes.write(out / f"{label}.trained.pt", network.state_dict())
         if arch != searched:
-            processes.save(out / f"{label}.trained.json", arch.to_json())
+            processes.write(out / f"{label}.trained.json", arch.to_json())
         rows = enter(results, row)
         checkpoint.unlink()
         processes.note(label, "trained")
@@ -300,20 +299,20 @@ def train_all(p, args, archs, folder, out, device, images, test, caught):
         print(f"curve: {out / 'curve.png'}")
 
 
-@processes.join()
+@processes.process_group()
 def main(argv=None):
     p = parser()
-    args = processes.first(p.parse_args, argv)
-    archs, folder = processes.first(networks, p, args.what)
+    args = processes.on_rank0(p.parse_args, argv)
+    archs, folder = processes.on_rank0(networks, p, args.what)
     out, device = args.out or folder, processes.choose_device(p, args.device)
-    wanted = processes.first(source, p, args, archs, folder)
+    wanted = processes.on_rank0(source, p, args, archs, folder)
     known = out if (out / "checked.json").exists() else folder
     images = flags.images(p, wanted, "train", known)
     test = images if args.validate else flags.images(p, wanted, "test", known)
     args.data, args.split_seed, args.own = wanted.data, wanted.seed, wanted.own  # the parts of the search
-    processes.first(check, p, args, archs, folder, images)
-    with contextlib.ExitStack() as stack, processes.signals() as caught, flags.explained(p, out):
-        processes.first(flags.hold, p, out, stack)
+    processes.on_rank0(check, p, args, archs, folder, images)
+    with contextlib.ExitStack() as stack, processes.catch_signals() as caught, flags.explained(p, out):
+        processes.on_rank0(flags.hold, p, out, stack)
         train_all(p, args, archs, folder, out, device, images, test, caught)
 
 

@@ -27,13 +27,13 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-import flags
 import flops
 import search
 import step
 from checkpoint import blank
 from derive import Network, arch, derive, inherit
 from grow import grow
+from machinery import flags
 from space import SPACES, round8
 from supernet import SuperNet, require_grad
 

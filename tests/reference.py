@@ -27,12 +27,11 @@ from torchvision.models.mobilenetv3 import _mobilenet_v3_conf
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data
-import flags
 import flops
-import processes
 import recipe
 import train
 from flops import amount
+from machinery import flags, processes
 from space import SPACES
 from supernet import initialise
 

@@ -23,11 +23,10 @@ from test_search import contents, same
 
 import data
 import derive
-import flags
-import processes
 import recipe
 import search
 from checkpoint import blank
+from machinery import flags, processes
 from supernet import initialise
 
 ROOT = Path(__file__).parent.parent
@@ -76,7 +75,7 @@ def work(rank, folder):
     found = {"row": {k: row[k] for k in ("loss", "accuracy", "alpha_loss")}, "travelled": list(travelled),
              "weights": {name: p.detach().clone() for name, p in net.named_parameters()},
              "buffers": {name: b.clone() for name, b in net.named_buffers()}}
-    processes.spread(net)
+    processes.broadcast(net)
     found["spread"] = net.state_dict()
     without_norm()
     net, steps = stage(lr=0.01, steps=10)
@@ -85,11 +84,11 @@ def work(rank, folder):
     found["trained"] = trained()
     with contextlib.redirect_stderr(io.StringIO()) as said:
         try:
-            processes.first(flags.settings, flags.parser(), ["--batch-size", "33", "--out", f"{folder}/none"])
+            processes.on_rank0(flags.settings, flags.parser(), ["--batch-size", "33", "--out", f"{folder}/none"])
         except SystemExit as stop:
             found.update(code=stop.code, said=said.getvalue())
-    found["heard"] = processes.heard([15] if rank else [])
-    found["first"] = processes.first(lambda: f"process {rank}")
+    found["heard"] = processes.pending_signal([15] if rank else [])
+    found["first"] = processes.on_rank0(lambda: f"process {rank}")
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -189,14 +188,14 @@ def test_shares_make_up_the_batch(n):
 DIES = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-import processes, {script}
-mean, left = processes.average, [{n}]
+from machinery import processes; import {script}
+mean, left = processes.all_reduce_mean, [{n}]
 def average(*given):
     left[0] -= 1
     if left[0] == 0 and processes.share()[0] == {rank} and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
     return mean(*given)
-processes.average = average
+processes.all_reduce_mean = average
 {script}.main()
 """
 SHORT = ["--data", "fake", "--stages", "1", "--epochs", "0.4", "--batch-size", "32", "--device", "cpu",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import files
+from machinery import files
 
 CHECKPOINT = {"step": 3, "weights": {"a": torch.arange(300.0), "b": torch.ones(2, 3)}, "log": [{"loss": 1.5}]}
 
@@ -81,7 +81,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
 
 
 def test_a_folder_is_held_by_one_and_freed_by_its_death(tmp_path):
-    code = (f"import files, time, pathlib\nwith files.lock({str(tmp_path)!r}):\n"
+    code = (f"from machinery import files; import time, pathlib\nwith files.lock({str(tmp_path)!r}):\n"
             " print('held', flush=True)\n time.sleep(60)")
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
                              cwd=Path(__file__).parent.parent)

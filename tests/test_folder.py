@@ -24,13 +24,11 @@ from torchvision.models._meta import _IMAGENET_CATEGORIES
 from torchvision.transforms import v2
 
 import data
-import decode
 import derive
-import flags
 import flops
-import folder
 import search
 import train
+from machinery import decode, flags, folder
 from space import Arch
 
 ROOT = Path(__file__).parent.parent
@@ -450,7 +448,7 @@ def test_a_stopped_search_goes_on_as_if_nothing_had_been(searched, tmp_path, mon
     root, run, _ = searched
     argv = ["--data", str(root), "--classes", "4", "--stages", "2", "--seed", "1", "--skip-broken", *SHORT,
             "--checkpoint-every", "1", "--out", str(tmp_path / "run")]
-    monkeypatch.setattr(search.processes, "signals", lambda: contextlib.nullcontext(Countdown(2)))
+    monkeypatch.setattr(search.processes, "catch_signals", lambda: contextlib.nullcontext(Countdown(2)))
     with pytest.raises(SystemExit):
         search.main(argv)
     monkeypatch.undo()

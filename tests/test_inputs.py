@@ -17,13 +17,11 @@ import torch
 
 import data
 import derive
-import files
-import flags
 import flops
 import plot
-import results
 import search
 import train
+from machinery import files, flags, results
 from space import Arch
 
 PHOTO = "../photos/bag/00023.jpg"

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import budget
 import derive
 import flops
-import latency
+from machinery import latency
 from space import SPACES
 
 TABLE_2 = {op: (int(op[4]), "se" in op, "hswish" if op.endswith("hs") else "relu")

@@ -18,10 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import efficientnet_b0, mobilenet_v2, mobilenet_v3_large, shufflenet_v2_x1_0
 
 import distill
-import flags
 import flops
 import search
 import train
+from machinery import flags
 from space import CANDIDATES, SPACES, options, round8
 from supernet import SuperNet
 

@@ -18,7 +18,7 @@ from matplotlib.path import Path
 from matplotlib.text import Annotation, Text
 
 import plot
-import results
+from machinery import results
 from space import CANDIDATES
 
 ACCURACIES = (0.5, 0.6, 0.7)

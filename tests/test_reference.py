@@ -8,9 +8,9 @@ from torch import nn
 from torchvision.models import mobilenet_v2, mobilenet_v3_small, shufflenet_v2_x1_0
 
 import data
-import results
 from derive import arch
 from flops import macs
+from machinery import results
 from space import SPACES
 from supernet import SuperNet
 

@@ -88,7 +88,7 @@ class Countdown(list):
     pytest.param(3, marks=pytest.mark.slow), 12, 16])       # in A0, in A1, and after A0's last checkpoint
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(undisturbed, tmp_path, looks, monkeypatch, capsys):
     out = tmp_path / "run"
-    monkeypatch.setattr(search.processes, "signals", lambda: search.contextlib.nullcontext(Countdown(looks)))
+    monkeypatch.setattr(search.processes, "catch_signals", lambda: search.contextlib.nullcontext(Countdown(looks)))
     with pytest.raises(SystemExit) as stopped:
         run(out)
     assert stopped.value.code == 143 and f"--resume --out {out}" in capsys.readouterr().out

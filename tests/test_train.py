@@ -13,11 +13,10 @@ from oracles import without_norm
 
 import data
 import derive
-import files
-import latency
 import recipe
 import search
 import train
+from machinery import files, latency
 from space import Arch
 
 FAST = ["--data", "fake", "--epochs", "2", "--device", "cpu"]
@@ -180,7 +179,7 @@ def test_validation_is_on_the_architecture_part_of_the_search(searched, tmp_path
     _, _, index, _, test_index, *_ = seen[0]
     assert torch.equal(index, part[0]) and torch.equal(test_index, part[1])
     monkeypatch.undo()
-    monkeypatch.setattr(recipe.processes, "heard", lambda caught: 15)
+    monkeypatch.setattr(recipe.processes, "pending_signal", lambda caught: 15)
     with pytest.raises(SystemExit):
         train.main([str(tmp_path / "A0.json"), "--validate", "--device", "cpu"])
     assert "after step 1; nothing is kept of a --validate" in capsys.readouterr().out
@@ -288,12 +287,12 @@ def test_the_front_reaches_from_the_cheapest_to_the_dearest(searched, tmp_path):
 def test_a_stopped_training_goes_on_within_its_epoch(searched, tmp_path, monkeypatch, capsys):
     arch, more = str(searched / "A0.json"), ["--ema", "0.9", "--dropout", "0.2"]
     train.main([arch, *FAST, *more, "--out", str(tmp_path / "whole")])
-    heard, looks = recipe.processes.heard, []
-    monkeypatch.setattr(recipe.processes, "heard",
+    heard, looks = recipe.processes.pending_signal, []
+    monkeypatch.setattr(recipe.processes, "pending_signal",
                         lambda caught: looks.append(1) or (2 if len(looks) == 24 else 0))
     with pytest.raises(SystemExit) as stopped:
         train.main([arch, *FAST, *more, "--out", str(tmp_path / "cut")])
-    monkeypatch.setattr(recipe.processes, "heard", heard)
+    monkeypatch.setattr(recipe.processes, "pending_signal", heard)
     assert stopped.value.code == 130 and "stopped in epoch 1 of A0, after step 6;" in capsys.readouterr().out
     saved = torch.load(tmp_path / "cut" / "A0.last.pt", weights_only=True)
     assert (len(saved["rows"]), saved["step"]) == (1, 6)

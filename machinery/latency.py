@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from files import write
 from flops import Costs, half
+from machinery.files import write
 from ops import ACTIVATIONS, add_residual, conv, norm
 from space import CANDIDATES, round8
 

@@ -19,9 +19,8 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-import files
-import processes
-from decode import CHUNK, Loader, decode, workers
+from machinery import files, processes
+from machinery.decode import CHUNK, Loader, decode, workers
 
 # ImageNet's, by which nearly all networks are trained
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -172,7 +171,7 @@ def check(root, names, count, skip_broken):
     chunks = [slice(k + r * CHUNK, k + (r + 1) * CHUNK) for k in range(0, len(names), n * CHUNK)]
     for found in tqdm(workers(Checker(root, names), chunks, min(count, len(chunks))), "checking images",
                       disable=r > 0 or None, unit_scale=n * CHUNK, unit="image", leave=False):
-        broken += processes.gather(found)
+        broken += processes.all_gather(found)
         if broken and not skip_broken:
             raise ValueError(f"{broken[0][1]}; --skip-broken leaves out what is broken")
     return dict(broken)
@@ -194,9 +193,9 @@ def load(root, part, seed, resolution, classes=None, count=None, skip_broken=Fal
     class_names, names, labels, held_out = find(root, part, seed, classes)
     listed = "\0".join([str(root.resolve()), *names]).encode(errors="surrogateescape")
     digest = hashlib.sha256(listed).hexdigest()
-    if len(set(processes.gather([digest]))) > 1:
+    if len(set(processes.all_gather([digest]))) > 1:
         raise ValueError("is not the same for all processes")
-    known = processes.first(read, run / "checked.json") if run else {}
+    known = processes.on_rank0(read, run / "checked.json") if run else {}
     broken = known.get(digest)
     if broken is None:
         broken = check(root, names, count, skip_broken) if checked else {}
@@ -223,16 +222,16 @@ def record(p, images, out, parts=None):
     """
     if not isinstance(images, Folder):
         return
-    notes = {"checked.json": {**processes.first(read, out / "checked.json"), images.digest: images.broken}}
+    notes = {"checked.json": {**processes.on_rank0(read, out / "checked.json"), images.digest: images.broken}}
     if parts:
         alphas = [os.fsdecode(name) for name in images.names[parts[1]]]
         notes["split.json"] = {"files": images.digest, "test": images.held_out, "architecture": alphas}
-        if processes.first(read, out / "split.json") not in ({}, notes["split.json"]):
+        if processes.on_rank0(read, out / "split.json") not in ({}, notes["split.json"]):
             changed(p, images, out)
         classes = "".join(name + "\n" for name in images.class_names)
-        processes.save(out / "classes.txt", classes.encode(errors="surrogateescape"))
+        processes.write(out / "classes.txt", classes.encode(errors="surrogateescape"))
     for name, content in notes.items():
-        processes.save(out / name, json.dumps(content, indent=1) + "\n")
+        processes.write(out / name, json.dumps(content, indent=1) + "\n")
 
 
 def unchanged(p, images, run):
@@ -240,13 +239,13 @@ def unchanged(p, images, run):
     held out then, so that images which it has seen would be tested on.
     """
     if isinstance(images, Folder):
-        noted = processes.first(read, run / "split.json")
+        noted = processes.on_rank0(read, run / "split.json")
         if noted.get("files", images.digest) != images.digest:
             changed(p, images, run)
 
 
 def changed(p, images, run):
-    processes.first(p.error, f"--data {images.root} is not what it was when the run began "
+    processes.on_rank0(p.error, f"--data {images.root} is not what it was when the run began "
                              f"({run / 'split.json'})")
 
 

@@ -8,11 +8,9 @@ import sys
 from pathlib import Path
 
 import data
-import files
 import flops
-import folder
-import processes
 from grow import WIDENINGS
+from machinery import files, folder, processes
 from space import SPACES, total_stride
 
 METHODS = {"cst": "curriculum supernet training, the paper's",
@@ -116,13 +114,13 @@ def images(p, args, part, run=None, checked=True):
         if args.data in data.NAMES:
             for key in ("classes", "resolution"):
                 if getattr(args, key):
-                    processes.first(p.error, f"--{key} is for a folder of images, and --data {args.data} is "
+                    processes.on_rank0(p.error, f"--{key} is for a folder of images, and --data {args.data} is "
                                              "none")
-            return processes.in_turn(data.load, args.data, part)
+            return processes.rank0_first(data.load, args.data, part)
         return folder.load(Path(args.data), part, args.seed, args.resolution or RESOLUTION[args.space],
                            args.classes, args.workers, args.skip_broken, run, checked)
     except (OSError, EOFError, ValueError) as error:
-        return processes.first(p.error, f"--data {args.data}: {error}")
+        return processes.on_rank0(p.error, f"--data {args.data}: {error}")
 
 
 def aim(p, args, images):

@@ -12,11 +12,11 @@ import sys
 import torch
 import torch.distributed as dist
 
-import files
+from machinery import files
 
 
 @contextlib.contextmanager
-def join(seconds=300):
+def process_group(seconds=300):
     """Join the processes that torchrun started, if it did. All compute; the first alone speaks and writes.
 
     seconds: how long one waits for another before it gives up. A death is mostly noticed at once.
@@ -42,7 +42,7 @@ def share():
 
 
 @contextlib.contextmanager
-def together():
+def all_alive():
     """Around what all processes do at once: where another has died, this one ends as well, in one line."""
     try:
         yield
@@ -68,19 +68,19 @@ def choose_device(p, name):
         p.error(f"--device {name}: {str(error).splitlines()[0]}")
 
 
-def save(path, content):
+def write(path, content):
     """Write a text, or a dict as a checkpoint that loads with weights_only=True. The first process does."""
     if share()[0]:
         return
     files.write(path, files.pack(content) if isinstance(content, dict) else content)
 
 
-def log(path, size, text):
+def append(path, size, text):
     """Append `text` to the first `size` bytes of a file, and return its new size. The first process does."""
     return 0 if share()[0] else files.extend(path, size, text)
 
 
-def average(parameters, *values):
+def all_reduce_mean(parameters, *values):
     """Replace each gradient by its mean over all processes, and return the means of `values`, tensors.
 
     They travel in one flat bucket. What was not sampled has no gradient, and does not travel.
@@ -91,7 +91,7 @@ def average(parameters, *values):
     sampled = [p for p in parameters if p.grad is not None]
     tensors = [p.grad for p in sampled] + [v.detach() for v in values]
     bucket = torch.cat([t.flatten() for t in tensors])
-    with together():
+    with all_alive():
         dist.all_reduce(bucket)
     parts = (bucket / n).split([t.numel() for t in tensors])
     for p, part in zip(sampled, parts):
@@ -99,24 +99,24 @@ def average(parameters, *values):
     return [part.view_as(v) for part, v in zip(parts[len(sampled):], values)]
 
 
-def total(tensor):
+def all_reduce_sum(tensor):
     """The sum of a tensor over all processes."""
     if share()[1] > 1:
-        with together():
+        with all_alive():
             dist.all_reduce(tensor)
     return tensor
 
 
-def spread(module):
+def broadcast(module):
     """Give all processes the first one's batch-norm statistics, each has its share's, and (equal) weights."""
     if share()[1] > 1:
-        with together():
+        with all_alive():
             for tensor in module.state_dict().values():
                 dist.broadcast(tensor, 0)
 
 
 @contextlib.contextmanager
-def signals():
+def catch_signals():
     """Ctrl-C and SIGTERM are noted in a list, which this yields: a step can end before they are obeyed."""
     caught = []
     usual = {number: signal.signal(number, lambda number, frame: caught.append(number))
@@ -128,18 +128,18 @@ def signals():
             signal.signal(number, handler)
 
 
-def heard(caught):
+def pending_signal(caught):
     """The number of a signal that any process has in its list `caught`, for all at once; 0 if none has."""
     number = caught[0] if caught else 0
     if share()[1] > 1:
         flag = torch.tensor(number)                       # on the CPU, so that no device is waited for
-        with together():
+        with all_alive():
             dist.all_reduce(flag, dist.ReduceOp.MAX)
         number = int(flag)
     return number
 
 
-def first(make, *given):
+def on_rank0(make, *given):
     """For all processes what `make(*given)` returns in the first, or the SystemExit that it ends in there."""
     r, n = share()
     if n == 1:
@@ -150,25 +150,25 @@ def first(make, *given):
             found = [make(*given)]
         except SystemExit as stop:
             found = [stop]
-    with together():
+    with all_alive():
         dist.broadcast_object_list(found)
     if isinstance(found[0], SystemExit):
         raise found[0]
     return found[0]
 
 
-def gather(found):
+def all_gather(found):
     """The lists `found` of all processes as one, in all of them."""
     n = share()[1]
     if n == 1:
         return found
     lists = [None] * n
-    with together():
+    with all_alive():
         dist.all_gather_object(lists, found)
     return [item for some in lists for item in some]
 
 
-def in_turn(make, *given):
+def rank0_first(make, *given):
     """What `make(*given)` returns, in the first process of each machine before it begins in the others.
 
     For what leaves files that they find, as a download does. It may take longer than `join` lets one wait.
