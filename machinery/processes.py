@@ -36,9 +36,19 @@ def process_group(seconds=300):
             dist.destroy_process_group()
 
 
+def rank():
+    """The number of this process, from 0 on."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def share():
-    """(r, n): this is the r-th of n processes, from 0 on."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    """(rank, world size)."""
+    return rank(), world_size()
 
 
 @contextlib.contextmanager
