@@ -142,15 +142,16 @@ def identity(candidate, generator):  # task 3.4
     nn.init.zeros_(candidate.norm3.weight)
 
 
-def describe(old, new):
-    """What grew, in words: blocks, the widest width, the largest expansion, and weights."""
+def describe(old, new, x):
+    """What grew, in words: blocks, the widest width, the largest expansion, weights; and its `movement`."""
     def size(net):
         spaces = [b.block for b in net.blocks]
         return (len(spaces), max(b.widths[-1] for b in spaces), max(b.expansions[-1] for b in spaces),
                 sum(p.numel() for p in net.weights()) / 1e6)
     (b0, w0, e0, p0), (b1, w1, e1, p1) = size(old), size(new)
     return (f"grown from A{old.space.stage}: {b0} -> {b1} blocks, widths up to {w0} -> {w1}, "
-            f"expansions up to {e0:g} -> {e1:g}, {p0:.2f} -> {p1:.2f} M weights")
+            f"expansions up to {e0:g} -> {e1:g}, {p0:.2f} -> {p1:.2f} M weights; "
+            f"the largest network's logits moved by {movement(old, new, x):.1e} of their size")
 
 
 @torch.no_grad()

@@ -3,6 +3,8 @@
 How an image is augmented is a function of its place in the run, as everything else that is drawn: it does
 not depend on the workers, on the processes, or on where a run was taken up again.
 """
+from machinery import files
+
 import math
 import os
 import signal
@@ -16,7 +18,6 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 import data
-from machinery import files
 
 CHUNK = 32                                                # images that a worker hands over at once
 BROKEN = (*files.BROKEN, SyntaxError, Image.DecompressionBombError)  # what Pillow's readers raise, among them
@@ -126,9 +127,9 @@ class Loader:
     def _decoded(self, chunks, count, ahead=2):
         return workers(self.decoder, chunks, count, ahead, pin_memory=self.device.type == "cuda")
 
-    def batch(self, index, generator=None, share=(0, 1)):
-        """The images at `index`, decoded here and now; generator and share: as in `data.Loader`."""
-        return self._arrived([self.decoder[chunk] for chunk in split(index, generator, share)])
+    def batch(self, index, generator=None, shard=(0, 1)):
+        """The images at `index`, decoded here and now; generator and shard: as in `data.Loader`."""
+        return self._arrived([self.decoder[chunk] for chunk in split(index, generator, shard)])
 
     def ordered(self, index):
         """All images at `index`, once, in order, for evaluation."""
@@ -136,22 +137,22 @@ class Loader:
         for chunk in self._decoded(chunks, min(self.workers, len(chunks))):
             yield self._arrived([chunk])
 
-    def shuffled(self, index, *position, start=0, share=(0, 1)):
-        """Endless training batches from number `start` on, as in `data.order`; share: as in `data.Loader`."""
+    def shuffled(self, index, *position, start=0, shard=(0, 1)):
+        """Endless training batches from number `start` on, as in `data.order`; shard: as in `data.Loader`."""
         batches = data.order(index, self.batch_size, *position, start=start)
-        chunks = (chunk for part, drawn in batches for chunk in split(part, drawn, share))
-        each = len(split(index[:self.batch_size], None, share))             # chunks a batch
+        chunks = (chunk for part, drawn in batches for chunk in split(part, drawn, shard))
+        each = len(split(index[:self.batch_size], None, shard))             # chunks a batch
         ahead = max(2, math.ceil(2 * each / max(1, self.workers)))  # so that two batches are under way
         stream = iter(self._decoded(chunks, self.workers, ahead))
         while True:
             yield self._arrived([next(stream) for _ in range(each)])
 
 
-def split(index, generator=None, share=(0, 1), size=None):
+def split(index, generator=None, shard=(0, 1), size=None):
     """The r-th of n slices of a batch as chunks for `Decoder`, of `size` images (`CHUNK`); with a generator
     each image has a seed.
     """
-    r, n = share
+    r, n = shard
     seeds = None if generator is None else torch.randint(2 ** 62, index.shape, generator=generator)
     mine = index.tensor_split(n)[r]
     if not len(mine):                                     # of fewer images than processes
@@ -164,10 +165,10 @@ def split(index, generator=None, share=(0, 1), size=None):
 class Rehearsal:
     """One training batch over and over, to measure a step alone, and how long an image takes a worker."""
 
-    def __init__(self, loader, index, share=(0, 1)):
+    def __init__(self, loader, index, shard=(0, 1)):
         clock, threads = time.perf_counter(), torch.get_num_threads()
         torch.set_num_threads(1)                          # as many as a worker has
-        images = split(index[:loader.batch_size], data.generator(0), share, 1)
+        images = split(index[:loader.batch_size], data.generator(0), shard, 1)
         chunks = [loader.decoder[image] for image in images]
         torch.set_num_threads(threads)
         self.seconds = (time.perf_counter() - clock) / len(chunks)

@@ -6,6 +6,9 @@
 Which classes and test images are drawn depends on the sorted names and on the seed alone. decode.py reads
 the files.
 """
+from machinery import files, processes
+from machinery.decode import CHUNK, Loader, decode, workers
+
 import hashlib
 import json
 import os
@@ -18,9 +21,6 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
-
-from machinery import files, processes
-from machinery.decode import CHUNK, Loader, decode, workers
 
 # ImageNet's, by which nearly all networks are trained
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -167,7 +167,7 @@ def check(root, names, count, skip_broken):
 
     Every process checks its share; all know what each has found.
     """
-    (r, n), broken = processes.share(), []
+    (r, n), broken = processes.shard(), []
     chunks = [slice(k + r * CHUNK, k + (r + 1) * CHUNK) for k in range(0, len(names), n * CHUNK)]
     for found in tqdm(workers(Checker(root, names), chunks, min(count, len(chunks))), "checking images",
                       disable=r > 0 or None, unit_scale=n * CHUNK, unit="image", leave=False):
@@ -214,7 +214,7 @@ def load(root, part, seed, resolution, classes=None, count=None, skip_broken=Fal
                   resolution, count)
 
 
-def record(p, images, out, parts=None):
+def record(images, out, parts=None):
     """Note in a run's folder which files were checked, so that it is not done again. Does nothing but for a
     `Folder`.
 
@@ -227,26 +227,25 @@ def record(p, images, out, parts=None):
         alphas = [os.fsdecode(name) for name in images.names[parts[1]]]
         notes["split.json"] = {"files": images.digest, "test": images.held_out, "architecture": alphas}
         if processes.on_rank0(read, out / "split.json") not in ({}, notes["split.json"]):
-            changed(p, images, out)
+            changed(images, out)
         classes = "".join(name + "\n" for name in images.class_names)
         processes.write(out / "classes.txt", classes.encode(errors="surrogateescape"))
     for name, content in notes.items():
         processes.write(out / name, json.dumps(content, indent=1) + "\n")
 
 
-def unchanged(p, images, run):
+def check_unchanged(images, run):
     """End in p.error if a `Folder` has other files than when the search in the folder `run` began: others are
     held out then, so that images which it has seen would be tested on.
     """
     if isinstance(images, Folder):
         noted = processes.on_rank0(read, run / "split.json")
         if noted.get("files", images.digest) != images.digest:
-            changed(p, images, run)
+            changed(images, run)
 
 
-def changed(p, images, run):
-    processes.on_rank0(p.error, f"--data {images.root} is not what it was when the run began "
-                             f"({run / 'split.json'})")
+def changed(images, run):
+    raise files.Refused(f"--data {images.root} is not what it was when the run began ({run / 'split.json'})")
 
 
 def read(file):

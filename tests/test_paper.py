@@ -6,6 +6,8 @@ of the scripts, and against one another. What does not hold is a test whose name
 asserts what the paper prints, and the value that would hold. Figures 3-6 have no numbers in the text, so
 nothing of theirs is here.
 """
+from machinery import flags
+
 import argparse
 import itertools
 import random
@@ -21,7 +23,6 @@ import distill
 import flops
 import search
 import train
-from machinery import flags
 from space import CANDIDATES, SPACES, options, round8
 from supernet import SuperNet
 

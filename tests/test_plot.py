@@ -5,6 +5,8 @@ in one line.
 The oracles: the files that each test writes; means and deviations from `statistics`; entropies by hand; what
 is drawn is read back from the figures.
 """
+from machinery import results
+
 import itertools
 import json
 import math
@@ -18,7 +20,6 @@ from matplotlib.path import Path
 from matplotlib.text import Annotation, Text
 
 import plot
-from machinery import results
 from space import CANDIDATES
 
 ACCURACIES = (0.5, 0.6, 0.7)

@@ -23,12 +23,12 @@ from oracles import (
     seeded,
     settle,
 )
+from step import alpha_step, two_paths, weight_step
 from torch.testing import assert_close
 
 import data
 from search import optimisers
 from space import SPACES, Block, Space
-from step import alpha_step, two_paths, weight_step
 from supernet import CHOICES, Draw, SuperNet, require_grad, temperature
 
 SETTINGS = argparse.Namespace(lr=0.1, weight_decay=1e-2, alpha_lr=0.02)
