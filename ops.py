@@ -98,3 +98,14 @@ class InvertedResidual(nn.Module):
             s = conv(s, self.excite, high, mask(gates, small, large) if low < high else None)  # (B, e, 1, 1)
             x = x * F.hardsigmoid(s)
         return norm(conv(x, self.project, outputs, columns), self.norm3)       # project: (B, o, H', W')
+
+
+def initialise(module, generator):
+    """He initialisation of convolutions and Xavier of the classifier, drawn from `generator`; biases zero."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+        elif isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight, generator=generator)
+        if isinstance(layer, (nn.Conv2d, nn.Linear)) and layer.bias is not None:
+            nn.init.zeros_(layer.bias)
