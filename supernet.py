@@ -75,14 +75,14 @@ class SuperNet(nn.Module):
         super().__init__()
         self.space = space
         self.stem = nn.Conv2d(in_channels, space.stem, 3, 2, 1, bias=False)
-        self.stem_norm = nn.BatchNorm2d(space.stem)
+        self.stem_norm = nn.BatchNorm2d(space.stem, track_running_stats=False)
         blocks, width = [], space.stem
         for block in space.blocks:
             blocks.append(MixedBlock(block, width))
             width = block.widths[-1]
         self.blocks = nn.ModuleList(blocks)
         self.head = nn.Conv2d(width, space.head, 1, bias=False)
-        self.head_norm = nn.BatchNorm2d(space.head)
+        self.head_norm = nn.BatchNorm2d(space.head, track_running_stats=False)
         self.classifier = nn.Linear(space.head, classes)
         initialise(self, generator)
 
