@@ -32,9 +32,10 @@ RECALIBRATION = 32              # training batches that measure a derived networ
 
 @torch.no_grad()
 def inherit(network, supernet):  # task 5.2
-    """Copy the supernet's weights and batch-norm statistics into a derived `network`, which is returned.
+    """Copy the supernet's weights into a derived `network`, which is returned.
 
-    Every width is a prefix, so a tensor of the network is the leading corner of the supernet's.
+    Every width is a prefix, so a tensor of the network is the leading corner of the supernet's. The supernet
+    keeps no batch-norm statistics: `recalibrate` measures them.
     """
     pairs = [(network.get_submodule(name), supernet.get_submodule(name))
              for name in ("stem", "stem_norm", "head", "head_norm", "classifier")]
@@ -42,7 +43,7 @@ def inherit(network, supernet):  # task 5.2
         pairs.append((mine, mixed.candidates[list(CANDIDATES).index(chosen.op)]))
     for mine, theirs in pairs:
         source = theirs.state_dict()
-        for name, tensor in mine.state_dict().items():
+        for name, tensor in mine.named_parameters():
             tensor.copy_(source[name][tuple(slice(n) for n in tensor.shape)])
     return network
 

@@ -116,8 +116,8 @@ def copy_layer(old, new, f_out, f_in, widen):
 
 
 def copy_norm(old, new, f, widen):
-    """One batch norm, old -> new: weight, bias, mean and variance travel with their channel."""
-    for name in ("weight", "bias", "running_mean", "running_var"):
+    """One batch norm, old -> new: weight and bias travel with their channel."""
+    for name in ("weight", "bias"):
         before, after = getattr(old, name).cpu(), getattr(new, name)
         if widen == "naive":
             after[:len(before)] = before

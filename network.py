@@ -22,6 +22,9 @@ class Network(nn.Module):
         self.head = nn.Conv2d(arch.blocks[-1].out, arch.head, 1, bias=False)
         self.head_norm = nn.BatchNorm2d(arch.head)
         self.classifier = nn.Linear(arch.head, arch.classes)
+        for layer in self.modules():                # unlike the supernet's, they keep running statistics
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.__init__(layer.num_features)
 
     def forward(self, x):
         x = conv(x, self.stem, self.arch.stem).contiguous(memory_format=torch.channels_last)

@@ -36,10 +36,15 @@ def conv(x, layer, outputs, columns=None):
 
 
 def norm(x, layer):
-    """The prefix of a batch norm: the first channels, as many as `x` (B, c, H, W) has."""
+    """The prefix of a batch norm: the first channels, as many as `x` (B, c, H, W) has.
+
+    The supernet normalises by the batch, in eval mode too: what is typical of a channel depends on the path
+    drawn. A derived network measures statistics of its own (`derive.recalibrate`).
+    """
     c = x.shape[1]
-    return F.batch_norm(x, layer.running_mean[:c], layer.running_var[:c], layer.weight[:c], layer.bias[:c],
-                        layer.training, layer.momentum, layer.eps)
+    tracked = layer.running_mean is not None        # by a `Network`
+    return F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight[:c], layer.bias[:c],
+                        layer.training or not tracked, layer.momentum, layer.eps)
 
 
 def mask(gates, low, high):  # task 1.2
@@ -69,13 +74,13 @@ class InvertedResidual(nn.Module):
         squeezed = round8(hidden / 4)
         self.act = ACTIVATIONS[activation]
         self.expand = nn.Conv2d(inputs, hidden, 1, bias=False) if expand else None
-        self.norm1 = nn.BatchNorm2d(hidden) if expand else None
+        self.norm1 = nn.BatchNorm2d(hidden, track_running_stats=False) if expand else None
         self.depthwise = nn.Conv2d(hidden, hidden, kernel, stride, kernel // 2, groups=hidden, bias=False)
-        self.norm2 = nn.BatchNorm2d(hidden)
+        self.norm2 = nn.BatchNorm2d(hidden, track_running_stats=False)
         self.squeeze = nn.Conv2d(hidden, squeezed, 1) if se else None
         self.excite = nn.Conv2d(squeezed, hidden, 1) if se else None
         self.project = nn.Conv2d(hidden, outputs, 1, bias=False)
-        self.norm3 = nn.BatchNorm2d(outputs)
+        self.norm3 = nn.BatchNorm2d(outputs, track_running_stats=False)
 
     def forward(self, x, hidden=None, gates=None, outputs=None):  # task 1.3
         """x (B, i, H, W) -> (B, outputs, H', W'), at prefix widths; without them, at the widest.
@@ -98,3 +103,14 @@ class InvertedResidual(nn.Module):
             s = conv(s, self.excite, high, mask(gates, small, large) if low < high else None)  # (B, e, 1, 1)
             x = x * F.hardsigmoid(s)
         return norm(conv(x, self.project, outputs, columns), self.norm3)       # project: (B, o, H', W')
+
+
+def initialise(module, generator):
+    """He initialisation of convolutions and Xavier of the classifier, drawn from `generator`; biases zero."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+        elif isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight, generator=generator)
+        if isinstance(layer, (nn.Conv2d, nn.Linear)) and layer.bias is not None:
+            nn.init.zeros_(layer.bias)

@@ -6,13 +6,15 @@ its logits, the architecture parameters alpha. A step draws two options of each 
 (Gumbel top-2) and weights them by the softmax of their perturbed logits over the temperature. Only these
 two paths are computed, forward and backward.
 """
+import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
-from ops import InvertedResidual, add_residual, conv, mask, norm
+from ops import InvertedResidual, add_residual, conv, initialise, mask, norm
 from space import CANDIDATES
 
 CHOICES = ("op", "expansion", "width")
@@ -73,14 +75,14 @@ class SuperNet(nn.Module):
         super().__init__()
         self.space = space
         self.stem = nn.Conv2d(in_channels, space.stem, 3, 2, 1, bias=False)
-        self.stem_norm = nn.BatchNorm2d(space.stem)
+        self.stem_norm = nn.BatchNorm2d(space.stem, track_running_stats=False)
         blocks, width = [], space.stem
         for block in space.blocks:
             blocks.append(MixedBlock(block, width))
             width = block.widths[-1]
         self.blocks = nn.ModuleList(blocks)
         self.head = nn.Conv2d(width, space.head, 1, bias=False)
-        self.head_norm = nn.BatchNorm2d(space.head)
+        self.head_norm = nn.BatchNorm2d(space.head, track_running_stats=False)
         self.classifier = nn.Linear(space.head, classes)
         initialise(self, generator)
 
@@ -101,30 +103,20 @@ class SuperNet(nn.Module):
         """Draw two paths at temperature tau: for each block a dict from `CHOICES` to `Draw`.
 
         Gumbel top-2: the two largest of logits + Gumbel noise are a draw without replacement from their
-        softmax. All choices are drawn at once, in the order of `alphas`, so that an accelerator is read only
-        once a step; the noise, -log of exponential draws, comes from the CPU's `generator`, so that every
+        softmax. All choices are drawn at once, padded to the longest, so that an accelerator is read only
+        once a step. The noise, -log of exponential draws, comes from the CPU's `generator`, so that every
         device and process draws the same.
         """
         alphas = self.alphas()
-        noise = -torch.empty(sum(a.numel() for a in alphas)).exponential_(generator=generator).log()
-        perturbed = torch.cat(alphas) + noise.to(alphas[0].device)
-        values, start, drawn = perturbed.tolist(), 0, []
-        for alpha in alphas:
-            options = range(start, start + alpha.numel())
-            drawn.append(sorted(sorted(options, key=values.__getitem__)[-2:]))
-            start = options.stop
-        drawn_at = torch.tensor(drawn, device=perturbed.device)                     # (choices, 2)
-        gates = F.softmax(perturbed[drawn_at] / tau, dim=1)
-        pairs, start, single = iter(zip(drawn, gates)), 0, Draw((0,), gates.new_ones(1))
-        path = []
-        for block in self.blocks:
-            draws = dict.fromkeys(CHOICES, single)
-            for name, alpha in block.alphas.items():
-                options, weights = next(pairs)
-                draws[name] = Draw(tuple(option - start for option in options), weights)
-                start += alpha.numel()
-            path.append(draws)
-        return path
+        sizes = [len(alpha) for alpha in alphas]
+        noise = -torch.empty(sum(sizes)).exponential_(generator=generator).log()
+        logits = pad_sequence(alphas, batch_first=True, padding_value=-math.inf)      # (choices, options)
+        perturbed = logits + pad_sequence(noise.split(sizes), batch_first=True).to(logits.device)
+        options = perturbed.topk(2).indices.sort().values                             # (choices, 2)
+        gates = F.softmax(perturbed.gather(1, options) / tau, 1)
+        draws = (Draw(tuple(pair), weights) for pair, weights in zip(options.tolist(), gates))
+        single = Draw((0,), gates.new_ones(1))
+        return [dict.fromkeys(CHOICES, single) | dict(zip(block.alphas, draws)) for block in self.blocks]
 
     def path(self, options):
         """The path of choices made: for each block (operation, expansion, width) as indices."""
@@ -154,14 +146,3 @@ def step_sampled(optimizer, alphas):
 def require_grad(parameters, on):
     for p in parameters:
         p.requires_grad_(on)
-
-
-def initialise(module, generator):
-    """He initialisation of convolutions and Xavier of the classifier, drawn from `generator`; biases zero."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu", generator=generator)
-        elif isinstance(layer, nn.Linear):
-            nn.init.xavier_uniform_(layer.weight, generator=generator)
-        if isinstance(layer, (nn.Conv2d, nn.Linear)) and layer.bias is not None:
-            nn.init.zeros_(layer.bias)

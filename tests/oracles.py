@@ -64,7 +64,8 @@ def stir(module, seed=0):
         if isinstance(layer, nn.BatchNorm2d):
             for tensor, low, high in ((layer.weight, 0.5, 1.5), (layer.bias, -0.5, 0.5),
                                       (layer.running_mean, -0.5, 0.5), (layer.running_var, 0.5, 2)):
-                tensor.uniform_(low, high, generator=g)
+                if tensor is not None:                                  # a supernet keeps no statistics
+                    tensor.uniform_(low, high, generator=g)
         elif isinstance(layer, (nn.Conv2d, nn.Linear)):
             layer.weight.normal_(0, (2 / layer.weight[0].numel()) ** 0.5, generator=g)
             if layer.bias is not None:
@@ -75,22 +76,7 @@ def stir(module, seed=0):
     return module
 
 
-@torch.no_grad()
-def settle(net, seed=0):
-    """A stirred supernet with statistics near those of images, as after training, so that images decide."""
-    stir(net, seed)
-    norms = [layer for layer in net.modules() if isinstance(layer, nn.BatchNorm2d)]
-    x = images(8, net.stem.in_channels, 32, seed).to(net.stem.weight)
-    for layer in norms:
-        layer.momentum = 1.0
-    for op in range(8):
-        net.train()(x, net.path([(op, -1, -1)] * len(net.blocks)))
-    for layer in norms:
-        layer.momentum = 0.1
-        spread = layer.running_var.clamp_(min=0.1).sqrt()
-        layer.running_mean += 0.3 * spread * torch.randn(spread.shape, generator=seeded(seed)).to(spread)
-        layer.running_var *= 0.8 + torch.rand(spread.shape, generator=seeded(seed + 1)).to(spread)
-    return net
+settle = stir                   # of a supernet: it keeps no statistics that would have to settle
 
 
 def share_of_images(logits):
@@ -158,13 +144,13 @@ def macs(arch):
 def corner(mine, source):
     """Copy into `mine` the leading corner of every tensor of the layer `source`; returns `mine`."""
     mine.to(source.weight)
-    for name, tensor in mine.state_dict().items():
-        tensor.copy_(source.state_dict()[name][tuple(slice(n) for n in tensor.shape)])
-    return mine.train(source.training)
+    for name, tensor in mine.named_parameters():
+        tensor.copy_(getattr(source, name)[tuple(slice(n) for n in tensor.shape)])
+    return mine
 
 
 def plain_candidate(source, op, inputs, hidden, outputs, stride, expand):
-    """A candidate of Table 2 as textbook layers, with the leading corners of the weights of `source`."""
+    """A candidate of Table 2 as textbook layers in train mode, with corners of the weights of `source`."""
     k, act = kernel(op), nn.Hardswish if op.endswith("_hs") else nn.ReLU
     layers = []
     if expand:
@@ -200,7 +186,7 @@ class Residual(nn.Module):
 
 
 def plain_network(net, options):
-    """One network of the supernet `net` as textbook layers, with the leading corners of its weights."""
+    """One network of the supernet `net` as textbook layers in train mode, with the corners of its weights."""
     space = net.space
     layers = [corner(nn.Conv2d(net.stem.in_channels, space.stem, 3, 2, 1, bias=False), net.stem),
               corner(nn.BatchNorm2d(space.stem), net.stem_norm), nn.Hardswish()]

@@ -213,11 +213,11 @@ def test_a_networks_facts_are_those_of_its_choices(name, stage):
 @pytest.mark.parametrize("name, stage", [("small", 4), ("paper", 0)])
 @torch.no_grad()
 def test_a_derived_network_computes_what_its_path_computed(name, stage):
-    net, g = settle(SuperNet(SPACES[name][stage], 3, 10, seeded())).double().eval(), seeded(2)
+    net, g = settle(SuperNet(SPACES[name][stage], 3, 10, seeded())).double(), seeded(2)
     x = images(3, 3, 32, 50).double()
     for _ in range(3):
         options = random_options(net.space, g)
-        network = inherit(Network(derive.arch(net, options)).double(), net).eval()
+        network = inherit(Network(derive.arch(net, options)).double(), net)
         wanted = plain_network(net, options)(x)
         assert_same_logits(network(x), wanted)
         assert_same_logits(net(x, net.path(options)), wanted)
@@ -229,7 +229,7 @@ def test_a_network_inherits_the_leading_corner_of_every_tensor():
     network = Network(derive.arch(net, options))
     assert inherit(network, net) is network
     theirs = net.state_dict()
-    for name, tensor in network.state_dict().items():
+    for name, tensor in network.named_parameters():
         part, *rest = name.split(".")
         if part == "blocks":
             name = ".".join(("blocks", rest[0], "candidates", str(options[int(rest[0])][0]), *rest[1:]))

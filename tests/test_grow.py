@@ -68,16 +68,16 @@ def inserted(old, new, path, g):
 @torch.no_grad()
 def test_the_grown_supernet_computes_the_same_at_its_largest(name, widen, stages, monkeypatch):
     monkeypatch.setattr(nn.init, "kaiming_uniform_", lambda *_, **__: None)         # overwritten, and slow
-    x, g = images(2, 3, 32, 50), seeded(9)
+    x, g = images(8, 3, 32, 50), seeded(9)
     for old, new in small(widen) if name == "small" else chain(name, widen, stages):
         for op in range(8):
             before = old(x, old.path([(op, -1, -1)] * len(old.blocks)))
             after = new(x, new.path([(op, -1, -1)] * len(new.blocks)))
-            assert share_of_images(before) > 5e-3 and apart(after, before) < 1e-5
+            assert share_of_images(before) > 5e-3 and apart(after, before) < 1e-4
         for _ in range(2):                                          # and with operations that differ by block
             options = [(int(torch.randint(8, (1,), generator=g)), -1, -1) for _ in new.blocks]
             kept = [o for o, (before, _) in zip(options, counterparts(old, new)) if before is not None]
-            assert apart(new(x, new.path(options)), old(x, old.path(kept))) < 1e-5
+            assert apart(new(x, new.path(options)), old(x, old.path(kept))) < 1e-4
 
 
 @torch.no_grad()
@@ -246,11 +246,11 @@ def test_one_map_serves_all_that_carry_a_channel():
             f_in = f_row
             continue
         for a, b in zip(before.candidates, after.candidates, strict=True):
-            f = f_in if a.expand is None else sources(a.norm1.running_mean, b.norm1.running_mean)
+            f = f_in if a.expand is None else sources(a.norm1.bias, b.norm1.bias)
             if a.expand is not None:
                 shared(b.expand.weight, a.expand.weight, f, f_in)
             for mine, theirs, g in ((b.norm1, a.norm1, f), (b.norm2, a.norm2, f), (b.norm3, a.norm3, f_row)):
-                for what in ("weight", "bias", "running_mean", "running_var") if mine is not None else ():
+                for what in ("weight", "bias") if mine is not None else ():
                     assert torch.equal(getattr(mine, what), getattr(theirs, what)[g])
             assert torch.equal(b.depthwise.weight, a.depthwise.weight[f])
             if a.squeeze is not None:
@@ -272,7 +272,7 @@ def test_one_map_serves_all_that_carry_a_channel():
 def test_copies_are_drawn_anew_for_every_candidate():
     """Eq. 1 draws one map for each set of channels; the hidden channels of two candidates are two sets."""
     old, new = small()[2]
-    maps = [tuple(sources(a.norm1.running_mean, b.norm1.running_mean).tolist())
+    maps = [tuple(sources(a.norm1.bias, b.norm1.bias).tolist())
             for a, b in zip(old.blocks[-1].candidates, new.blocks[-2].candidates)]
     assert len(maps[0]) > len(old.blocks[-1].candidates[0].norm1.bias) and len(set(maps)) == 8
 

@@ -40,9 +40,8 @@ def small(stage=1, channels=1, space=None):
 
 @pytest.mark.parametrize("space", [TINY, TINY._replace(stem=12), *SPACES["small"][0:4:3], SPACES["paper"][0]],
                          ids=["tiny", "tiny with a stem of 12", "small A0", "small A3", "paper A0"])
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_the_sliced_supernet_is_the_full_width_masked_one(space, training):
-    sliced = small(channels=2, space=space).double().train(training)
+def test_the_sliced_supernet_is_the_full_width_masked_one(space):
+    sliced = small(channels=2, space=space).double()
     for seed in range(1 if space.name == "paper" else 3):
         masked, x = copy.deepcopy(sliced), images(4, 2, 32, seed + 50).double()
         sliced.zero_grad()
@@ -63,7 +62,7 @@ def test_the_sliced_supernet_is_the_full_width_masked_one(space, training):
                                    SPACES["paper"][0]],
                          ids=["small A4", "small A1 with a stem of 12", "paper A0"])
 def test_one_path_is_the_network_of_its_choices(space):
-    net, g = small(channels=3, space=space).double().eval(), seeded()
+    net, g = small(channels=3, space=space).double(), seeded()
     widest, narrowest = ([(op, end, end) for op in range(8)] * 3 for end in (-1, 0))
     n = len(space.blocks)
     for options in (*(random_options(space, g) for _ in range(4)), widest[:n], narrowest[:n]):
@@ -73,9 +72,16 @@ def test_one_path_is_the_network_of_its_choices(space):
         assert_same_logits(found, wanted)
 
 
+def test_the_supernet_is_its_parameters_alone_and_normalises_by_the_batch_in_every_mode():
+    net, x = small(space=TINY), images(4, 1, 16)
+    assert net.state_dict().keys() == dict(net.named_parameters()).keys()           # no running statistics
+    path = net.sample(1.0, seeded())
+    assert torch.equal(net.eval()(x, path), net.train()(x, path))
+
+
 def test_a_narrow_input_makes_a_narrow_hidden_layer():
     """Hidden width = expansion x ACTIVE input width: 2.75 x 8 is 22, rounded to 24, not 2.75 x 16."""
-    net = small(space=TINY).eval()
+    net = small(space=TINY)
     x = images(2, 8, 8)
     path = net.path([(0, 2, 0)])[0]
     before = net.blocks[1](x, path)
@@ -195,10 +201,10 @@ def test_a_path_of_choices_has_one_option_of_weight_1_each():
 
 
 def sampled(net, path):
-    """The names of all weights and batch-norm statistics on the path."""
+    """The names of all weights on the path."""
     on = {f"blocks.{n}.candidates.{op}." for n, draws in enumerate(path) for op in draws["op"].options}
-    return {name for name in net.state_dict() if not name.endswith("batches_tracked")
-            and (not name.startswith("blocks.") or any(name.startswith(prefix) for prefix in on))}
+    return {name for name in net.state_dict()
+            if not name.startswith("blocks.") or any(name.startswith(prefix) for prefix in on)}
 
 
 @pytest.mark.parametrize("teacher", [None, torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 10))],
