@@ -6,6 +6,7 @@ PyTorch writes but does not look at: `load` does.
 import contextlib
 import fcntl
 import io
+import json
 import os
 import pickle
 import struct
@@ -42,6 +43,19 @@ def write(path, content):
         temporary.unlink(missing_ok=True)
         error.filename = str(path)
         raise
+
+
+def read_json(path, kind=dict):
+    """The dict, or another `kind`, in a JSON file. Refused, with the file's name, if it holds no such."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Refused(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"{path} is not JSON ({error})") from None
+    if not isinstance(found, kind):
+        raise Refused(f"{path} is not what a run writes: {type(found).__name__} instead of {kind.__name__}")
+    return found
 
 
 def extend(path, size, text):
