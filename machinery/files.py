@@ -45,30 +45,12 @@ def write(path, content):
         raise
 
 
-def append(path, size, text):
-    """Cut the file at `path` to `size` bytes, append `text`, and return the new size in bytes.
-
-    Refused, with the file's name, if it is shorter; OSError likewise if that cannot be done.
-    """
-    try:
-        with open(path, "ab") as file:
-            if file.tell() < size:
-                raise Refused(f"{path} is shorter than last.pt says, {file.tell()} instead of {size} bytes: "
-                              "start anew")
-            file.truncate(size)
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
-            return size + len(text.encode())
-    except OSError as error:
-        error.filename = str(path)
-        raise
-
-
 def read_json(path, kind=dict):
-    """The object (or list, as `kind` says) in a JSON file. Refused if it holds no such; OSError if absent."""
+    """The dict, or another `kind`, in a JSON file. Refused, with the file's name, if it holds no such."""
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Refused(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise Refused(f"{path} is not JSON ({error})") from None
     if not isinstance(content, kind):

@@ -171,16 +171,14 @@ def load_images(args, part, run=None, checked=True):
 
     run, checked: as in `folder.load`. Refused if they are missing, broken or do not go together.
     """
+    for key in ("classes", "resolution"):
+        if getattr(args, key) and args.data in data.NAMES:
+            raise Refused(f"--{key} is for a folder of images, and --data {args.data} is none")
     try:
-        if args.data not in data.NAMES:
-            return folder.load(Path(args.data), part, args.seed, args.resolution or RESOLUTION[args.space],
-                               args.classes, args.workers, args.skip_broken, run, checked)
-        for key in ("classes", "resolution"):
-            if getattr(args, key):
-                raise Refused(f"--{key} is for a folder of images, and --data {args.data} is none")
-        return processes.rank0_first(data.load, args.data, part)
-    except Refused:
-        raise
+        if args.data in data.NAMES:
+            return processes.rank0_first(data.load, args.data, part)
+        return folder.load(Path(args.data), part, args.seed, args.resolution or RESOLUTION[args.space],
+                           args.classes, args.workers, args.skip_broken, run, checked)
     except (OSError, EOFError, ValueError) as error:
         raise Refused(f"--data {args.data}: {error}") from None
 
