@@ -10,6 +10,9 @@ alphas.png         what the first run's supernets chose, and when: probabilities
 Made for print: 8 points at a width of 7.2 inches (more for more than 18 blocks), colours that everybody can
 tell apart, and beside each colour a mark, a hatch or a dash.
 """
+from machinery import files
+from machinery.results import FILES, Missing, curves, entropies, history, mean_std, measured, networks
+
 import argparse
 import io
 import itertools
@@ -25,8 +28,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
-from machinery import files
-from machinery.results import FILES, Missing, curves, entropies, history, mean_std, measured, networks
 from space import CANDIDATES
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")      # Okabe and Ito's

@@ -2,6 +2,8 @@
 
 A broken file is refused by its name; `Missing` is what a run never had.
 """
+from machinery import files
+
 import contextlib
 import itertools
 import json
@@ -12,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from machinery import files
 from space import CANDIDATES, Arch
 
 FILES = ("trained.json", "summary.json")                        # what accuracies stand in
