@@ -133,17 +133,9 @@ def copy_layer(old, new, f_out, f_in, generator, widen):
 
 
 def copy_norm(old, new, f, widen):
-<<<<<<< HEAD
     """One batch norm, old -> new: weight and bias travel with their channel."""
     for name in ("weight", "bias"):
         before, after = getattr(old, name).cpu(), getattr(new, name)
-=======
-    """One batch norm, old -> new: all that it has a number a channel of travels with its channel."""
-    for name, after in new.state_dict().items():
-        before = old.state_dict()[name].cpu()
-        if before.dim() == 0:
-            continue
->>>>>>> growth
         if widen == "naive":
             after[:len(before)] = before
         else:
