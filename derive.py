@@ -36,18 +36,20 @@ RECALIBRATION = 32              # training batches that measure a derived networ
 
 @torch.no_grad()
 def inherit(network, supernet):  # task 5.2
-    """Copy the supernet's weights and batch-norm statistics into a derived `network`, which is returned.
+    """Copy the supernet's weights, and batch-norm statistics if it has any, into a derived `network`, which
+    is returned.
 
-    Every width is a prefix, so a tensor of the network is the leading corner of the supernet's.
+    Both hold their tensors in the same order. Every width is a prefix, so a tensor of the network is the
+    leading corner of the supernet's.
     """
-    pairs = [(network.get_submodule(name), supernet.get_submodule(name))
-             for name in ("stem", "stem_norm", "head", "head_norm", "classifier")]
-    for mine, chosen, mixed in zip(network.blocks, network.arch.blocks, supernet.blocks, strict=True):
-        pairs.append((mine, mixed.candidates[list(CANDIDATES).index(chosen.op)]))
-    for mine, theirs in pairs:
-        source = theirs.state_dict()
-        for name, tensor in mine.state_dict().items():
-            tensor.copy_(source[name][tuple(slice(n) for n in tensor.shape)])
+    chosen = [mixed.candidates[list(CANDIDATES).index(block.op)]
+              for block, mixed in zip(network.arch.blocks, supernet.blocks, strict=True)]
+    theirs = nn.ModuleList([supernet.stem, supernet.stem_norm, *chosen, supernet.head, supernet.head_norm,
+                            supernet.classifier])
+    pairs = [*zip(network.parameters(), theirs.parameters(), strict=True),
+             *zip(network.buffers(), theirs.buffers())]
+    for mine, source in pairs:
+        mine.copy_(source[tuple(slice(n) for n in mine.shape)])
     return network
 
 
