@@ -71,18 +71,17 @@ def derive(supernet, flops=None):
 
 @torch.no_grad()
 def inherit(network, supernet):  # task 5.2
-    """Copy the supernet's tensors into a derived `network`, which is returned.
+    """Copy the supernet's weights into a derived `network`, which is returned.
 
-    Every width is a prefix, so a tensor of the network is the leading corner of the supernet's.
+    Both hold their tensors in the same order. Every width is a prefix, so a tensor of the network is the
+    leading corner of the supernet's. Batch-norm statistics are left to `recalibrate`.
     """
-    pairs = [(network.get_submodule(name), supernet.get_submodule(name))
-             for name in ("stem", "stem_norm", "head", "head_norm", "classifier")]
-    for mine, chosen, mixed in zip(network.blocks, network.arch.blocks, supernet.blocks, strict=True):
-        pairs.append((mine, mixed.candidates[list(CANDIDATES).index(chosen.op)]))
-    for mine, theirs in pairs:
-        tensors = mine.state_dict()
-        for name, source in theirs.state_dict().items():
-            tensors[name].copy_(source[tuple(slice(n) for n in tensors[name].shape)])
+    chosen = [mixed.candidates[list(CANDIDATES).index(block.op)]
+              for block, mixed in zip(network.arch.blocks, supernet.blocks, strict=True)]
+    theirs = nn.ModuleList([supernet.stem, supernet.stem_norm, *chosen, supernet.head, supernet.head_norm,
+                            supernet.classifier])
+    for tensor, source in zip(network.parameters(), theirs.parameters(), strict=True):
+        tensor.copy_(source[tuple(slice(n) for n in tensor.shape)])
     return network
 
 

@@ -227,8 +227,14 @@ def test_a_network_inherits_the_leading_corner_of_every_tensor():
     options = [(5, 0, 1), (7, 2, 1), (2, 1, 0)]
     network = Network(derive.arch_of(net, options))
     assert inherit(network, net) is network
-    theirs = net.state_dict()
+    theirs = copy.deepcopy(net.state_dict())
     for name, tensor in network.state_dict().items():
+        for mine, its in (("stem.0", "stem"), ("stem.1", "stem_norm"), ("head.0", "head"),
+                          ("head.1", "head_norm"), ("expand.0", "expand"), ("expand.1", "norm1"),
+                          ("depthwise.0", "depthwise"), ("depthwise.1", "norm2"),
+                          ("squeeze_excite.fc1", "squeeze"), ("squeeze_excite.fc2", "excite"),
+                          ("project.0", "project"), ("project.1", "norm3")):
+            name = name.replace(mine, its)
         part, *rest = name.split(".")
         if part == "blocks":
             name = ".".join(("blocks", rest[0], "candidates", str(options[int(rest[0])][0]), *rest[1:]))
@@ -246,7 +252,7 @@ def test_a_network_drops_out_only_in_training():
     arch, x = chosen(TINY, [(0, 0, 1), (7, 2, 1), (2, 1, 0)]), images(4, 1, 8)
     network = inherit(Network(arch, dropout=0.9), settle(SuperNet(TINY, 1, 10, seeded())))
     without = copy.deepcopy(network)
-    without.dropout = 0.0
+    without.dropout.p = 0.0
     assert torch.equal(network.eval()(x), without.eval()(x))
     assert not torch.equal(network.train()(x), without.train()(x))
 
