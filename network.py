@@ -30,7 +30,7 @@ class Network(nn.Module):
         x = conv(x, self.stem, self.arch.stem).contiguous(memory_format=torch.channels_last)
         x = F.hardswish(norm(x, self.stem_norm))
         for block, chosen in zip(self.blocks, self.arch.blocks):
-            y = block(x)
+            y = block(x, (chosen.hidden,), x.new_ones(1), chosen.out)
             x = add_residual(y, x) if chosen.residual else y
         x = F.hardswish(norm(conv(x, self.head, self.arch.head), self.head_norm))
         return self.classifier(F.dropout(x.mean((2, 3)), self.dropout, self.training))

@@ -22,6 +22,7 @@ from oracles import (
     random_options,
     seeded,
     settle,
+    share_of_images,
 )
 from torch.testing import assert_close
 
@@ -31,6 +32,9 @@ from space import SPACES, Block, Space
 from step import alpha_step, two_paths, weight_step
 from supernet import CHOICES, Draw, SuperNet, require_grad, temperature
 
+# Row 2 has no expand convolution: its hidden widths are its input widths, of which its second block has two.
+UNEXPANDED = TINY._replace(blocks=(Block(0, 0, (1,), (8, 16, 24), 1, False, False),
+                                   Block(0, 1, (1,), (8, 16, 24), 1, True, False), *TINY.blocks[1:]))
 SETTINGS = argparse.Namespace(lr=0.1, weight_decay=1e-2, alpha_lr=0.02)
 
 
@@ -38,8 +42,10 @@ def small(stage=1, channels=1, space=None):
     return settle(SuperNet(space or SPACES["small"][stage], channels, 10, seeded()), 3)
 
 
-@pytest.mark.parametrize("space", [TINY, TINY._replace(stem=12), *SPACES["small"][0:4:3], SPACES["paper"][0]],
-                         ids=["tiny", "tiny with a stem of 12", "small A0", "small A3", "paper A0"])
+@pytest.mark.parametrize("space", [TINY, TINY._replace(stem=12), UNEXPANDED, *SPACES["small"][0:4:3],
+                                   SPACES["paper"][0]],
+                         ids=["tiny", "tiny with a stem of 12", "unexpanded", "small A0", "small A3",
+                              "paper A0"])
 def test_the_sliced_supernet_is_the_full_width_masked_one(space):
     sliced = small(channels=2, space=space).double()
     for seed in range(1 if space.name == "paper" else 3):
@@ -72,6 +78,25 @@ def test_one_path_is_the_network_of_its_choices(space):
         assert_same_logits(found, wanted)
 
 
+@pytest.mark.parametrize("space", [UNEXPANDED, SPACES["small"][4], SPACES["small"][1]._replace(stem=12),
+                                   SPACES["paper"][0]],
+                         ids=["unexpanded", "small A4", "small A1 with a stem of 12", "paper A0"])
+@torch.no_grad()
+def test_gates_of_0_and_1_for_two_sampled_paths_give_the_network_of_one_of_them(space):
+    net = small(channels=3, space=space).double()
+    for seed in range(2 if space.name == "paper" else 6):
+        options, path, x = [], [], images(8, 3, 32, seed).double()
+        for draws in net.sample(1.0, seeded(seed)):
+            chosen = {name: int(torch.randint(len(draw.options), (1,), generator=seeded(seed + len(options))))
+                      for name, draw in draws.items()}
+            path.append({name: Draw(draw.options, torch.eye(2).double()[chosen[name], :len(draw.options)])
+                         for name, draw in draws.items()})
+            options.append(tuple(draws[name].options[chosen[name]] for name in CHOICES))
+        found, wanted = net(x, path), plain_network(net, options)(x)
+        assert share_of_images(wanted) > 0.1
+        assert float((found - wanted).norm() / wanted.norm()) < 1e-12
+
+
 def test_the_supernet_is_its_parameters_alone_and_normalises_by_the_batch_in_every_mode():
     net, x = small(space=TINY), images(4, 1, 16)
     assert net.state_dict().keys() == dict(net.named_parameters()).keys()           # no running statistics
@@ -84,12 +109,13 @@ def test_a_narrow_input_makes_a_narrow_hidden_layer():
     net = small(space=TINY)
     x = images(2, 8, 8)
     path = net.path([(0, 2, 0)])[0]
-    before = net.blocks[1](x, path)
+    one = torch.ones(1)
+    before, _ = net.blocks[1](x, ((8,), one), path)
     with torch.no_grad():
         for c in net.blocks[1].candidates:
             c.depthwise.weight[24:].fill_(float("nan"))
-    assert torch.equal(net.blocks[1](x, path), before)
-    assert net.blocks[1](images(2, 16, 8), path).isnan().all()
+    assert torch.equal(net.blocks[1](x, ((8,), one), path)[0], before)
+    assert net.blocks[1](images(2, 16, 8), ((16,), one), path)[0].isnan().all()
 
 
 def test_weights_and_alphas_are_two_parameter_sets_that_share_none():
@@ -225,14 +251,15 @@ def test_a_weight_step_moves_what_it_sampled_and_nothing_else(teacher):
 
 def active(net, path):
     """For each logit vector its sampled options that matter: two expansions may round to one hidden width."""
-    width, found = net.space.stem, []
+    inputs, found = [net.space.stem], []
     for block, draws in zip(net.blocks, path, strict=True):
         for name in block.alphas:
             options = draws[name].options
-            if name == "expansion" and len({block.block.hidden(width, o) for o in options}) == 1:
+            if name == "expansion" and len({block.block.hidden(*pair)
+                                            for pair in itertools.product(inputs, options)}) == 1:
                 options = ()
             found.append((draws[name].options, options))
-        width = block.block.widths[draws["width"].options[-1]]
+        inputs = [block.block.widths[option] for option in draws["width"].options]
     return found
 
 
