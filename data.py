@@ -1,6 +1,6 @@
 """Images in memory: Fashion-MNIST as one tensor, its batches, and the 5/6-1/6 split (Experiments).
 
-folder.py does the same for image files on a disk: `Images` and its `Folder` look alike to those who use them.
+machinery/folder.py does the same for image files on a disk: its `Folder` has what `Images` has.
 """
 import gzip
 import hashlib
@@ -130,7 +130,7 @@ def split(labels, seed):
     return tuple(torch.cat(part).sort().values for part in parts)
 
 
-def order(index, batch_size, *position, start=0):
+def batch_indices(index, batch_size, *position, start=0):
     """Endless training batches from number `start` on, as (which of `index` (batch_size,), generator) pairs.
 
     Batch n and its generator are a function of `position` and n alone. Every epoch has another order; the
@@ -152,15 +152,16 @@ class Loader:
         self.mean, self.std = (255 * s.to(device) for s in stats)
         self.batch_size, self.device = batch_size, device
 
-    def batch(self, index, generator=None, share=(0, 1)):
+    def batch(self, index, generator=None, shard=(0, 1)):
         """The images at `index`; with a generator augmented: a random crop of the padded image and a flip.
 
-        share: (r, of n), for the r-th of n equal slices of this batch, as it is in the whole.
+        shard: (rank, world_size), for this process's slice of the batch, as it is in the whole batch.
         """
-        index = index.tensor_split(share[1])[share[0]].to(self.device)
+        rank, world_size = shard
+        index = index.tensor_split(world_size)[rank].to(self.device)
         x = self.pixels[index]
         if generator is not None:
-            x = augment(x, generator, share)
+            x = augment(x, generator, shard)
         return (x - self.mean) / self.std, self.labels[index]
 
     def ordered(self, index):
@@ -168,21 +169,22 @@ class Loader:
         for part in index.split(self.batch_size * 4):
             yield self.batch(part)
 
-    def shuffled(self, index, *position, start=0, share=(0, 1)):
-        """Endless training batches from number `start` on, as in `order`; share: as in `batch`."""
-        for part, drawn in order(index, self.batch_size, *position, start=start):
-            yield self.batch(part, drawn, share)
+    def shuffled(self, index, *position, start=0, shard=(0, 1)):
+        """Endless training batches from number `start` on, as in `batch_indices`; shard: as in `batch`."""
+        for part, drawn in batch_indices(index, self.batch_size, *position, start=start):
+            yield self.batch(part, drawn, shard)
 
 
-def augment(x, generator, share=(0, 1)):
+def augment(x, generator, shard=(0, 1)):
     """x (B, C, H, W) uint8 -> the same shape: moved by up to `PAD` pixels each way, flipped half of the time.
 
-    share: (r, of n) if x is the r-th of n equal slices of a batch. The draws are the whole batch's.
+    shard: (rank, world_size) if x is a slice of a batch. The draws are the whole batch's.
     """
     b, _, h, w = x.shape
-    mine = slice(share[0] * b, (share[0] + 1) * b)
-    dy, dx = torch.randint(2 * PAD + 1, (2, b * share[1]), generator=generator)[:, mine].to(x.device)
-    flip = (torch.rand(b * share[1], 1, 1, 1, generator=generator)[mine] < 0.5).to(x.device)
+    rank, world_size = shard
+    mine = slice(rank * b, (rank + 1) * b)
+    dy, dx = torch.randint(2 * PAD + 1, (2, b * world_size), generator=generator)[:, mine].to(x.device)
+    flip = (torch.rand(b * world_size, 1, 1, 1, generator=generator)[mine] < 0.5).to(x.device)
     crops = torch.nn.functional.pad(x, (PAD,) * 4).unfold(2, h, 1).unfold(3, w, 1)  # (B, C, dy, dx, H, W)
     moved = crops[torch.arange(b, device=x.device), :, dy, dx]
     return torch.where(flip, moved.flip(3), moved)

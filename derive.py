@@ -7,15 +7,12 @@
 A network is a chain of choices, and what a block costs depends on its own choices and the width before
 it: so the most likely one under a budget is found exactly (budget.py).
 """
-import argparse
+from machinery import files, flags, folder, latency, processes
+
 import itertools
 import json
-import os
-import signal
 import sys
 from pathlib import Path
-
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")          # as in train.py: bearable beside other work
 
 import numpy as np
 import torch
@@ -25,9 +22,8 @@ from torch import nn
 import data
 from budget import alternatives, choose, most_likely, viterbi
 from flops import amount, bounds, costs, expected, macs, params
-from machinery import files, flags, latency, processes
-from machinery.folder import unchanged
 from network import Network
+from scaling import scale  # noqa
 from space import CANDIDATES, SPACES, Arch, ArchBlock
 from supernet import CHOICES, SuperNet
 
@@ -115,35 +111,35 @@ def recalibrate(network, batches):  # task 5.3
 
 
 @torch.no_grad()
-def accuracy(network, loader, index):
+def evaluate(network, loader, index):
     """The share of the images at `index` that `network` names right, in eval mode: in [0, 1].
 
     Of many processes each looks at its share of them.
     """
     network.eval()
-    rank, n = processes.share()
+    rank, n = processes.shard()
     right = torch.zeros(1, device=loader.device)
     for x, y in loader.ordered(index[rank::n]):
         right += (network(x).argmax(1) == y).sum()
     return float(processes.all_reduce_sum(right)) / len(index)
 
 
-def measure(arch, supernet, loader, parts, *position):
+def evaluate_derived(arch, supernet, loader, parts, *position):
     """(network, accuracy): `arch` with the supernet's weights, its batch norm recalibrated on the first
     of the two `parts` of the training data, and its accuracy on the second. `position` seeds the order of
     the batches.
     """
     network = inherit(Network(arch).to(loader.device), supernet).requires_grad_(False)
     recalibrate(network, itertools.islice(loader.shuffled(parts[0], *position), RECALIBRATION))
-    return network, accuracy(network, loader, parts[1])
+    return network, evaluate(network, loader, parts[1])
 
 
-def open_supernet(folder, stage):
+def open_supernet(run, stage):
     """The supernet of a run's stage, on the CPU, from A<stage>.json and A<stage>.pt in the run's folder.
 
     files.Refused if these are not what a search writes.
     """
-    network, weights = folder / f"A{stage}.json", folder / f"A{stage}.pt"
+    network, weights = run / f"A{stage}.json", run / f"A{stage}.pt"
     try:
         found = Arch.from_json(network.read_text())
     except ValueError as error:
@@ -154,7 +150,7 @@ def open_supernet(folder, stage):
     with torch.device("meta"):                      # takes no memory for what the file does not hold
         supernet = SuperNet(space, found.in_channels, found.classes)
     try:
-        supernet.load_state_dict(files.load(weights), assign=True)
+        supernet.load_state_dict(files.load_checkpoint(weights), assign=True)
     except RuntimeError as error:
         why = " ".join(str(error).split()[:12])
         raise files.Refused(f"{weights} is not the supernet of {network.name} ({why} ..)") from None
@@ -162,8 +158,7 @@ def open_supernet(folder, stage):
 
 
 def parser():
-    p = flags.one_line(argparse.ArgumentParser(prog="derive.py", description=__doc__,
-                                               formatter_class=argparse.RawDescriptionHelpFormatter))
+    p = flags.Parser("derive.py", __doc__)
     p.add_argument("run", type=Path, metavar="RUN", help="folder of a search")
     p.add_argument("--stage", type=int, choices=range(5),
                    help="one of A0..A4 (all that the run has; without a budget its last)")
@@ -181,6 +176,7 @@ def parser():
     return p
 
 
+@flags.command
 def main(argv=None):
     p = parser()
     args = p.parse_args(argv)
@@ -189,7 +185,7 @@ def main(argv=None):
     if 0 in (args.flops, args.params):
         p.error("a budget must be above 0")
     try:
-        settings = json.loads((args.run / "args.json").read_text())
+        files.read_json(args.run / "args.json")
         stages = [k for k in range(5) if (args.run / f"A{k}.pt").exists() and args.stage in (None, k)]
         supernets = [open_supernet(args.run, k) for k in stages]
     except (OSError, ValueError, RecursionError) as error:
@@ -197,7 +193,7 @@ def main(argv=None):
     if not supernets:
         p.error(f"{args.run} has no A{'0' if args.stage is None else args.stage}.pt: no such stage was "
                 "finished")
-    right = measurer(p, args.run, settings) if args.points or args.refine > 1 else None
+    right = measurer(args.run) if args.points or args.refine > 1 else None
     if args.points:
         name, content = "points", json.dumps(front(supernets, args.points, right), indent=1) + "\n"
     else:
@@ -211,20 +207,17 @@ def main(argv=None):
     print(f"written: {path}")
 
 
-def measurer(p, run, settings):
+def measurer(run):
     """A function of a supernet of the run and one of its networks, (options, ..), that says its accuracy on
     the architecture part of the run's images.
     """
-    try:
-        ran = flags.begun(settings)[1]
-    except ValueError as error:
-        p.error(f"{run / 'args.json'} is not what a run writes ({error})")
-    images = flags.images(p, ran, "train", run)
-    with flags.explained(p, run):
-        unchanged(p, images, run)
+    ran = flags.settings_of(run)
+    images = flags.load_images(ran, "train", run)
+    folder.unchanged(images, run)
     parts = data.split(images.labels, ran.seed)
     loader = images.loader(images.statistics(parts[0]), ran.batch_size)
-    return lambda supernet, found: measure(arch(supernet, found[0]), supernet, loader, parts, ran.seed)[1]
+    return lambda supernet, found: evaluate_derived(
+        arch(supernet, found[0]), supernet, loader, parts, ran.seed)[1]
 
 
 def front(supernets, points, right):
@@ -307,5 +300,4 @@ def told(supernet, found, right=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, but for where a script listens, ends it at once
     sys.exit(main())

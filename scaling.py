@@ -2,8 +2,9 @@
 
 The paper leaves its multiplier open: depth 1.2^phi and width 1.1^phi are EfficientNet's (Tan and Le 2019).
 """
-from flops import macs
 from machinery import files
+
+from flops import macs
 from space import SPACES, round8
 
 

@@ -3,67 +3,120 @@
     python train.py runs/001                     # A0.json, A1.json, .. of a run, then the curve
     python train.py runs/001 --init inherit      # from the supernet's weights, and what that saves
     python train.py runs/001/A3.json --export net.pt2
-    torchrun --nproc_per_node 8 train.py runs/001   # a process a GPU, each on its share of every batch
+    torchrun --nproc_per_node 8 train.py runs/001   # a process a GPU, each on its shard of every batch
 
-On the whole training set, as recipe.py says; results are of the test images.
+`train` is the recipe ("retraining"): SGD with Nesterov momentum, linear warm-up and a cosine to zero, label
+smoothing, weight decay of weight matrices alone, dropout before the classifier, an exponential moving average
+of the weights. The network of the last epoch counts: no model is selected on test images.
 """
+from machinery import files, flags, folder, processes
+from machinery.files import Refused
+from machinery.flags import number
+from machinery.results import curves
+from machinery.run import Run
+
 import argparse
 import contextlib
 import importlib.util
 import json
+import math
 import os
-import signal
 import sys
 from pathlib import Path
 
-# How long a thread spins before it sleeps, waiting for another. OpenMP's default makes a step 40 times
-# slower beside one busy neighbour; sleeping at once makes it twice as slow on a quiet machine. Read as torch
-# is loaded.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
 import torch
+import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import data
 import flops
-import machine
 import plot
-from derive import inherit, open_supernet
-from machinery import files, flags, processes
-from machinery.flags import number, one_line
-from machinery.folder import record, unchanged
-from machinery.results import curves
+from derive import evaluate, inherit, open_supernet
 from network import Network
-from recipe import INITIAL, train
-from space import Arch
 from supernet import initialise
 
 # The paper says 180 epochs of ImageNet; the other values for it are common ones. Those for small images are
 # ours, chosen on the architecture part (--validate); an average over three epochs would only lag behind.
 DEFAULTS = {"paper": {"epochs": 180, "batch_size": 1024, "lr": 0.4, "dropout": 0.2, "ema": 0.9999},
             "small": {"epochs": 3, "batch_size": 64, "lr": 0.2, "dropout": 0.0, "ema": 0.0}}
+SETTINGS = ("epochs", "batch_size", "accumulate", "lr", "weight_decay", "smoothing", "dropout", "ema",
+            "autocast", "init", "seed", "data")         # what makes a training what it is
+BATCHES, INITIAL = range(10, 12)                # what is drawn: with seed and stage it seeds a generator
 
 
-def initial(arch, args, folder):
-    """A `Network` of `arch` with random weights, or with those of its stage's supernet, in its folder.
+def learning_rate(peak, step, steps, warmup=0.05):
+    """Linear warm-up over the first 5 % of the steps, then a cosine to zero. The paper is silent."""
+    progress = (step + 1) / steps
+    return peak * min(progress / warmup, 0.5 + 0.5 * math.cos(math.pi * progress))
 
-    files.Refused if it is no part of that supernet.
+
+def train(network, stage, loader, index, test, args, run):
+    """Train `network` on the images at `index`, and return it, or its moving average.
+
+    test: a function of a network -> its accuracy, which is logged after every epoch. `run` has the rows.
+    """
+    matrices, vectors = ([p for p in network.parameters() if (p.dim() > 1) == wide] for wide in (True, False))
+    sgd = torch.optim.SGD([{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors}],
+                          args.lr, momentum=0.9, nesterov=True, fused=True)
+    average = AveragedModel(network, use_buffers=True) if args.ema else None
+    result = average.module if average else network
+    epoch_length = len(index) // args.batch_size
+    steps = args.epochs * epoch_length
+    start, shard = run.begin(stage, network=network, sgd=sgd, average=average), processes.shard()
+    batches = loader.shuffled(index, args.seed, stage, BATCHES, start=start, shard=shard)
+    for step in run.steps(steps, epoch_length, args.name, args.checkpoint_every):
+        epoch = step // epoch_length
+        dropout_seed = data.generator(args.seed, processes.rank(), epoch, step % epoch_length).initial_seed()
+        torch.manual_seed(dropout_seed)
+        for group in sgd.param_groups:
+            group["lr"] = learning_rate(args.lr, step, steps)
+        x, y = next(batches)
+
+        network.train()
+        sgd.zero_grad()
+        loss = torch.zeros((), device=loader.device)
+        for part_x, part_y in zip(x.chunk(args.accumulate), y.chunk(args.accumulate)):
+            with torch.autocast(loader.device.type, torch.bfloat16, enabled=args.autocast):
+                part = F.cross_entropy(network(part_x), part_y, label_smoothing=args.smoothing)
+            part = part * (len(part_y) / len(y))
+            part.backward()
+            loss += part.detach()
+        if run.synchronise(list(network.parameters()), loss.view(1)):
+            sgd.step()
+            if average:                         # slower from step to step, until it is what was asked for
+                average.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))
+                average.update_parameters(network)
+
+        if run.ends_epoch(step):
+            processes.broadcast(network)
+            processes.broadcast(result)
+            row = run.log({"epoch": epoch, "accuracy": test(result)})
+            print(f"{args.name} epoch {epoch}: loss {row['loss']:.3f}, "
+                  f"accuracy {100 * row['accuracy']:.2f} %, {row['seconds']:.0f} s", flush=True)
+    return result
+
+
+def initial(arch, args, run_folder):
+    """A `Network` of `arch` with random weights, or with those of its stage's supernet, in the run's folder.
+
+    Refused if it is no part of that supernet.
     """
     network = Network(arch, args.dropout)
     initialise(network, data.generator(args.seed, arch.stage, INITIAL))
     if args.init == "inherit":
-        supernet = open_supernet(folder, arch.stage)
+        supernet = open_supernet(run_folder, arch.stage)
         try:
             inherit(network, supernet)
         except (RuntimeError, ValueError):              # more channels than the supernet has, or more blocks
-            raise files.Refused(f"the network is no part of the supernet in {folder / f'A{arch.stage}.pt'}, "
-                                "so it has no weights to begin with") from None
+            raise Refused(f"the network is no part of the supernet in {run_folder / f'A{arch.stage}.pt'}, so "
+                          "it has no weights to begin with") from None
     return network
 
 
 def export(network, file):
     """Write `network` for use without this code: a torch.export program (.pt2), or ONNX (.onnx).
 
-    A .pt2 is loaded again, and its logits compared: files.Refused if they differ. It is whole or absent.
+    A .pt2 is loaded again, and its logits compared: Refused if they differ. It is whole or absent.
     """
     arch, network = network.arch, network.cpu().eval()
     x = torch.randn(2, arch.in_channels, arch.resolution, arch.resolution)
@@ -77,7 +130,7 @@ def export(network, file):
             with torch.no_grad():
                 moved = float((torch.export.load(temporary).module()(x) - network(x)).abs().max())
             if moved > 1e-4:
-                raise files.Refused(f"the logits of {file} differ by {moved:.1e} from the network's")
+                raise Refused(f"the logits of {file} differ by {moved:.1e} from the network's")
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
@@ -89,19 +142,18 @@ def saving(rows, name):
 
     A cosine's last epochs are its best, so the lengths of both schedules are named.
     """
-    both = {row["init"]: row["epochs"] for row in rows if row["name"] == name}
-    if len(both) < 2:
+    epochs = {row["init"]: row["epochs"] for row in rows if row["name"] == name}
+    if len(epochs) < 2:
         return None
-    goal, n = both["scratch"][-1]["accuracy"], len(both["inherit"])
-    enough = [e["epoch"] + 1 for e in both["inherit"] if e["accuracy"] >= goal]
+    goal, n = epochs["scratch"][-1]["accuracy"], len(epochs["inherit"])
+    enough = [e["epoch"] + 1 for e in epochs["inherit"] if e["accuracy"] >= goal]
     when = f"after {enough[0]} of {n}" if enough else f"not within {n}"
-    return (f"{name} with the supernet's weights reaches {100 * goal:.2f} %, that of {len(both['scratch'])} "
-            f"epochs from scratch, {when} epochs")
+    return (f"{name} with the supernet's weights reaches {100 * goal:.2f} %, that of "
+            f"{len(epochs['scratch'])} epochs from scratch, {when} epochs")
 
 
 def parser():
-    p = one_line(argparse.ArgumentParser(prog="train.py", description=__doc__,
-                                         formatter_class=argparse.RawDescriptionHelpFormatter))
+    p = flags.Parser("train.py", __doc__)
     p.add_argument("what", type=Path, metavar="ARCH.json|RUN", help="a network, or the folder of a run")
     p.add_argument("--init", choices=("scratch", "inherit"), default="scratch",
                    help="random weights as in the paper, or the supernet's, from the .pt file beside "
@@ -109,13 +161,14 @@ def parser():
     p.add_argument("--export", type=Path, metavar="FILE",
                    help="write the trained network as .pt2 (torch.export) or .onnx as well")
     g = p.add_argument_group("training", "(defaults for the paper's space; for small images)")
-    g.add_argument("--epochs", type=number(int, 1), help="(180, the paper's; 3)")
+    g.add_argument("--epochs", type=number(int, 1, 1e6), help="(180, the paper's; 3)")
     g.add_argument("--batch-size", type=number(int, 1), metavar="B", help="(1024; 64)")
     g.add_argument("--lr", type=number(float, 1e-9), help="peak learning rate (0.4; 0.2)")
     g.add_argument("--weight-decay", type=number(float, 0), default=1e-4, help="of weight matrices (1e-4)")
-    g.add_argument("--smoothing", type=number(float, 0), default=0.1, help="label smoothing (0.1)")
-    g.add_argument("--dropout", type=number(float, 0), help="probability before the classifier (0.2; 0)")
-    g.add_argument("--ema", type=number(float, 0),
+    g.add_argument("--smoothing", type=number(float, 0, 0.999), default=0.1, help="label smoothing (0.1)")
+    g.add_argument("--dropout", type=number(float, 0, 0.999),
+                   help="probability before the classifier (0.2; 0)")
+    g.add_argument("--ema", type=number(float, 0, 1 - 1e-9),
                    help="decay of the weights' average, 0 for none (0.9999; 0)")
     g.add_argument("--autocast", action=argparse.BooleanOptionalAction, help="bfloat16 (on a GPU)")
     g.add_argument("--validate", action="store_true", help="to choose settings: train on 5/6 of the training "
@@ -129,102 +182,84 @@ def parser():
     return p
 
 
-def networks(p, what):
+def networks(what):
     """The `Arch`s that the command line names, {file name without ending: Arch}, and their folder."""
     paths = sorted(what.glob("A[0-4].json")) if what.is_dir() else [what]
     if not paths:
-        p.error(f"{what} has no A0.json, A1.json, ..: it is not the folder of a run")
-    found = {}
-    for file in paths:
-        try:
-            found[file.stem] = Arch.from_json(file.read_text())
-        except (OSError, ValueError) as error:
-            p.error(f"{file}: {getattr(error, 'strerror', None) or error}")
-    return found, paths[0].parent
+        raise Refused(f"{what} has no A0.json, A1.json, ..: it is not the folder of a run")
+    return {file.stem: flags.read_arch(file) for file in paths}, paths[0].parent
 
 
-def source(p, args, archs, folder):
-    """Which images, as `flags.images` takes it: those of the run in `folder`, unless the flags say otherwise.
-
-    The run's images are drawn by the run's own seed, so that its test images stay those that it never saw.
-    `own` is true of them.
+def own_images(args, archs, run_folder):
+    """`args` with the images of the run in `run_folder`, unless flags say otherwise, and the seed that split
+    them: the run's own, so that its test images stay those that it never saw. args.own is true of them.
     """
-    found, ran = flags.DATA | {"seed": args.seed}, {}
-    if (folder / "args.json").exists():
-        try:
-            ran = json.loads((folder / "args.json").read_text())
-            if args.data in (None, ran["data"]):                # else the run's folder of images may be gone
-                ran = vars(flags.begun(ran)[1])
-                found |= {key: ran[key] for key in ("data", "classes", "skip_broken", "seed")}
-        except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
-            p.error(f"{folder / 'args.json'} is not what a run writes ({error})")
-    found |= {key: getattr(args, key) for key in flags.DATA if getattr(args, key) is not None}
-    found["own"] = all(found[key] == ran.get(key) for key in ("data", "classes"))
-    if found["data"] not in data.NAMES:
-        found["resolution"] = found["resolution"] or next(iter(archs.values())).resolution
-    return argparse.Namespace(**found)
+    wanted, ran = flags.DATA | {"seed": args.seed}, {}
+    if (run_folder / "args.json").exists():
+        ran = vars(flags.settings_of(run_folder))
+        if args.data in (None, ran["data"]):
+            wanted |= {key: ran[key] for key in ("data", "classes", "skip_broken", "seed")}
+    wanted |= {key: getattr(args, key) for key in flags.DATA if getattr(args, key) is not None}
+    wanted["own"] = all(wanted[key] == ran.get(key) for key in ("data", "classes"))
+    if wanted["data"] not in data.NAMES:
+        wanted["resolution"] = wanted["resolution"] or next(iter(archs.values())).resolution
+    return argparse.Namespace(**wanted)
 
 
-def check(p, args, archs, folder, images):
-    """End in p.error for what does not fit together, before any work."""
+def check(args, archs, run_folder, images):
+    """Refused if what the flags name does not fit together."""
     for name, arch in archs.items():
         if arch.in_channels != images.channels or args.init == "inherit" and arch.classes != images.classes:
-            p.error(f"{name} is for {arch.in_channels} channels and {arch.classes} classes, but --data "
-                    f"{args.data} has {images.channels} and {images.classes}")
-        if args.init == "inherit" and not (folder / f"A{arch.stage}.pt").exists():
-            p.error(f"--init inherit needs the supernet's weights, {folder / f'A{arch.stage}.pt'}")
+            raise Refused(f"{name} is for {arch.in_channels} channels and {arch.classes} classes, but --data "
+                          f"{args.data} has {images.channels} and {images.classes}")
+        if args.init == "inherit" and not (run_folder / f"A{arch.stage}.pt").exists():
+            raise Refused(f"--init inherit needs the supernet's weights, {run_folder / f'A{arch.stage}.pt'}")
     if args.validate and (args.resume or args.export):
-        p.error("--validate writes nothing, and goes on with nothing: not with --resume or --export")
-    for key in ("smoothing", "dropout", "ema"):
-        if (getattr(args, key) or 0) >= 1:
-            p.error(f"--{key} is {getattr(args, key)}, not below 1")
-    try:
-        curves([args.out or folder])                # which the curve at the end will be drawn of
-    except ValueError as error:
-        p.error(error)
+        raise Refused("--validate writes nothing, and goes on with nothing: not with --resume or --export")
+    curves([args.out or run_folder])            # which the curve at the end will be drawn of
     if args.export and len(archs) > 1:
-        p.error("--export writes one network: name its ARCH.json")
+        raise Refused("--export writes one network: name its ARCH.json")
     if args.export and args.export.suffix not in (".pt2", ".onnx"):
-        p.error(f"--export {args.export} ends neither in .pt2 nor in .onnx")
+        raise Refused(f"--export {args.export} ends neither in .pt2 nor in .onnx")
     if args.export and not args.export.parent.is_dir():
-        p.error(f"--export {args.export}: there is no folder {args.export.parent}")
+        raise Refused(f"--export {args.export}: there is no folder {args.export.parent}")
     if args.export and args.export.suffix == ".onnx" and not importlib.util.find_spec("onnxscript"):
-        p.error("--export to .onnx needs onnx: pip install onnx onnxscript, or export to .pt2")
+        raise Refused("--export to .onnx needs onnx: pip install onnx onnxscript, or export to .pt2")
 
 
-def completed(args, space, device):
-    """A copy of `args` with the defaults of a space, and of a device, for what was not given."""
-    defaults = DEFAULTS["paper" if space == "paper" else "small"] | {"autocast": device.type == "cuda"}
-    given = {key: value if getattr(args, key) is None else getattr(args, key)
-             for key, value in defaults.items()}
-    return argparse.Namespace(**vars(args) | given)
+def completed(args, arch, name, device):
+    """A copy of `args` with what was not given: the defaults of the network's space, and of the device."""
+    defaults = DEFAULTS["paper" if arch.space == "paper" else "small"] | {"autocast": device.type == "cuda"}
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    return argparse.Namespace(**vars(args) | defaults | given | {"name": name})
 
 
-def check_size(p, name, arch, args, images, device):
-    """End in p.error for a batch that does not fit images or processes, or an `Arch` beyond the memory."""
+def check_size(name, arch, args, images, device):
+    """Refused if a batch does not fit images or processes, or an `Arch` the memory."""
     if args.batch_size > images:
-        p.error(f"--batch-size {args.batch_size} is more than the {images} images")
-    flags.fit(p, args, arch.resolution, name, arch.blocks)
-    need, has = flops.training_memory(arch, flags.pieces(p, args)[0]), machine.memory(device)
+        raise Refused(f"--batch-size {args.batch_size} is more than the {images} images")
+    flags.check_pixels(args, arch.resolution, name, arch.blocks)
+    need = flops.training_memory(arch, flags.batch_pieces(args)[0]) / 2 ** 30
+    has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 ** 30
+    if device.type == "cuda":
+        has = torch.cuda.mem_get_info(device)[1] / 2 ** 30
     if need > has:
-        p.error(f"{name} needs {need / 2 ** 30:,.1f} GB to train with --batch-size {args.batch_size}, by an "
-                f"estimate that is rather low, but there are {has / 2 ** 30:,.1f}: take a larger "
-                "--accumulate, or a smaller network")
+        raise Refused(f"{name} needs {need:,.1f} GB to train with --batch-size {args.batch_size}, by an "
+                      f"estimate that is rather low, but there are {has:,.1f}: take a larger --accumulate, "
+                      "or a smaller network")
 
 
 def read_rows(file):
-    """The rows of a trained.json, none if it is not there. files.Refused if `enter` would not write such."""
+    """The rows of a trained.json, none if it is not there. Refused if it is not what `enter` writes."""
     if not file.exists():
         return []
+    rows = files.read_json(file, list)
     try:
-        rows = json.loads(file.read_text())
         kinds = {(type(row["name"]), type(row["init"]), type(row["epochs"][-1]["accuracy"])) for row in rows}
-    except (ValueError, RecursionError) as error:
-        raise files.Refused(f"{file} is not JSON ({error})") from None
     except (TypeError, LookupError) as error:
-        raise files.Refused(f"{file} is not what train.py writes ({error!r})") from None
+        raise Refused(f"{file} is not what train.py writes ({error!r})") from None
     if kinds - {(str, str, float)}:
-        raise files.Refused(f"{file} is not what train.py writes: name, init or accuracy are of other types")
+        raise Refused(f"{file} is not what train.py writes: name, init or accuracy are of other types")
     return rows
 
 
@@ -236,86 +271,80 @@ def enter(file, row):
     return rows
 
 
-def progress(label, checkpoint, trained, resume):
-    """How far a network is that is to be gone on with: "saved" in an epoch, or "trained"; else None."""
-    if not resume:
-        return processes.recall(label)  # torchrun may have started its processes anew
-    return "saved" if checkpoint.exists() else "trained" if trained else None
-
-
-def train_all(p, args, archs, folder, out, device, images, test, caught):
+def train_all(args, archs, run_folder, out, images, test_images, device, signals):
     """Train each of `archs` that is not trained yet, and write it and the results into the folder `out`."""
-    if args.own:
-        unchanged(p, images, folder)
-    if not args.validate:
-        record(p, images, out)
-        record(p, test, out)
-    index = torch.arange(len(images.labels))
-    test_index = torch.arange(len(test.labels))
+    index, test_index = torch.arange(len(images.labels)), torch.arange(len(test_images.labels))
     if args.validate:
         index, test_index = data.split(images.labels, args.split_seed)
-    stats = images.statistics(index)
-    results = out / "trained.json"
-    rows = processes.on_rank0(read_rows, results)
+    statistics = images.statistics(index)
+    rows = processes.on_rank0(read_rows, out / "trained.json")
     for name, searched in archs.items():
         arch = searched._replace(classes=images.classes, resolution=images.resolution)  # as the images are
-        given = completed(args, arch.space, device)
-        given.data = f"{len(index):,} images of {getattr(images, 'digest', args.data)}"
-        processes.on_rank0(check_size, p, name, arch, given, len(index), device)
         label = name if args.init == "scratch" else f"{name}.{args.init}"     # what its files are called
-        checkpoint, mine = out / f"{label}.last.pt", {"name": name, "init": args.init}
-        trained = next((row for row in rows if mine.items() <= row.items()), None)
-        before = processes.on_rank0(progress, label, checkpoint, trained, args.resume)
-        if before == "trained":
-            print(f"{label} is trained: {100 * trained['epochs'][-1]['accuracy']:.2f} % after epoch "
-                  f"{len(trained['epochs']) - 1}", flush=True)
-            if args.export and processes.share()[0] == 0:
+        given = completed(args, arch, label, device)
+        given.data = f"{len(index):,} images of {getattr(images, 'digest', args.data)}"
+        processes.on_rank0(check_size, name, arch, given, len(index), device)
+        checkpoint_path, weights_path = out / f"{label}.last.pt", out / f"{label}.trained.pt"
+        trained = [row for row in rows if (row["name"], row["init"]) == (name, args.init)]
+        if args.resume and trained and not checkpoint_path.exists():
+            accuracy, epochs = trained[0]["epochs"][-1]["accuracy"], len(trained[0]["epochs"])
+            print(f"{label} is trained: {100 * accuracy:.2f} % after {epochs} epochs", flush=True)
+            if args.export and processes.rank() == 0:
                 network = Network(arch)
-                network.load_state_dict(files.load(out / f"{label}.trained.pt"))
+                network.load_state_dict(files.load_checkpoint(weights_path))
                 export(network, args.export)
             continue
-        given.resume = before == "saved"
-        loader, tester = (part.loader(stats, given.batch_size, device) for part in (images, test))
-        network = initial(arch, given, folder).to(device)
-        network, epochs = train(network, loader, index, tester, test_index, given, label, arch.stage,
-                                checkpoint, caught)
-        if args.validate or processes.share()[0]:
-            continue                                        # of many processes the first writes
-        row = mine | {"stage": arch.stage, "flops": flops.macs(arch), "params": flops.params(arch),
-               "accuracy": epochs[-1]["accuracy"], "seconds": sum(e["seconds"] for e in epochs),
+        settings = {key: getattr(given, key) for key in SETTINGS} | {"network": arch.to_json()}
+        run = Run(None if args.validate else checkpoint_path, settings, device, signals, most_skipped=0)
+        if args.resume:
+            run.resume()
+        loader = images.loader(statistics, given.batch_size, device)
+        test_loader = test_images.loader(statistics, given.batch_size, device)
+
+        def test(network, loader=test_loader):
+            return evaluate(network, loader, test_index)
+        network = initial(arch, given, run_folder).to(device)
+        network = train(network, arch.stage, loader, index, test, given, run)
+        if args.validate or processes.rank():
+            continue                                        # of many processes rank 0 writes
+        epochs = run.state["rows"]
+        row = {"name": name, "init": args.init, "stage": arch.stage, "flops": flops.macs(arch),
+               "params": flops.params(arch), "accuracy": epochs[-1]["accuracy"], "seconds": run.seconds(),
                "seed": args.seed, "epochs": epochs}
-        processes.write(out / f"{label}.trained.pt", network.state_dict())
+        processes.save_checkpoint(weights_path, network.state_dict())
         if arch != searched:
             processes.write(out / f"{label}.trained.json", arch.to_json())
-        rows = enter(results, row)
-        checkpoint.unlink()
-        processes.note(label, "trained")
+        rows = enter(out / "trained.json", row)
+        checkpoint_path.unlink()
         if says := saving(rows, name):
             print(says, flush=True)
         if args.export:
             export(network, args.export)
-    if processes.share()[0] == 0 and not args.validate and (out / "summary.json").exists():
+    if processes.rank() == 0 and not args.validate and (out / "summary.json").exists():
         plot.curve([out], out / "curve.png")
         print(f"curve: {out / 'curve.png'}")
 
 
-@processes.process_group()
+@flags.command
 def main(argv=None):
-    p = parser()
-    args = processes.on_rank0(p.parse_args, argv)
-    archs, folder = processes.on_rank0(networks, p, args.what)
-    out, device = args.out or folder, processes.choose_device(p, args.device)
-    wanted = processes.on_rank0(source, p, args, archs, folder)
-    known = out if (out / "checked.json").exists() else folder
-    images = flags.images(p, wanted, "train", known)
-    test = images if args.validate else flags.images(p, wanted, "test", known)
-    args.data, args.split_seed, args.own = wanted.data, wanted.seed, wanted.own  # the parts of the search
-    processes.on_rank0(check, p, args, archs, folder, images)
-    with contextlib.ExitStack() as stack, processes.catch_signals() as caught, flags.explained(p, out):
-        processes.on_rank0(flags.hold, p, out, stack)
-        train_all(p, args, archs, folder, out, device, images, test, caught)
+    args = processes.on_rank0(parser().parse_args, argv)
+    archs, run_folder = processes.on_rank0(networks, args.what)
+    out, device = args.out or run_folder, processes.choose_device(args.device)
+    wanted = processes.on_rank0(own_images, args, archs, run_folder)
+    checked = out if (out / "checked.json").exists() else run_folder
+    images = flags.load_images(wanted, "train", checked)
+    test_images = images if args.validate else flags.load_images(wanted, "test", checked)
+    args.data, args.split_seed = wanted.data, wanted.seed                   # the parts of the search
+    processes.on_rank0(check, args, archs, run_folder, images)
+    with contextlib.ExitStack() as stack, processes.catch_signals() as signals:
+        processes.on_rank0(flags.lock, out, stack)
+        if wanted.own:
+            folder.unchanged(images, run_folder)
+        if not args.validate:
+            folder.record(images, out)
+            folder.record(test_images, out)
+        train_all(args, archs, run_folder, out, images, test_images, device, signals)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, but for where a script listens, ends it at once
     sys.exit(main())

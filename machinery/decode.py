@@ -3,10 +3,12 @@
 How an image is augmented is a function of its place in the run, as everything else that is drawn: it does
 not depend on the workers, on the processes, or on where a run was taken up again.
 """
+from machinery import files
+
+import itertools
 import math
 import os
 import signal
-import time
 import warnings
 
 import numpy as np
@@ -16,7 +18,6 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 import data
-from machinery import files
 
 CHUNK = 32                                                # images that a worker hands over at once
 BROKEN = (*files.BROKEN, SyntaxError, Image.DecompressionBombError)  # what Pillow's readers raise, among them
@@ -126,62 +127,36 @@ class Loader:
     def _decoded(self, chunks, count, ahead=2):
         return workers(self.decoder, chunks, count, ahead, pin_memory=self.device.type == "cuda")
 
-    def batch(self, index, generator=None, share=(0, 1)):
-        """The images at `index`, decoded here and now; generator and share: as in `data.Loader`."""
-        return self._arrived([self.decoder[chunk] for chunk in split(index, generator, share)])
+    def batch(self, index, generator=None, shard=(0, 1)):
+        """The images at `index`, decoded here and now; generator and shard: as in `data.Loader`."""
+        return self._arrived([self.decoder[chunk] for chunk in chunks_of(index, generator, shard)])
 
     def ordered(self, index):
         """All images at `index`, once, in order, for evaluation."""
-        chunks = split(index)
+        chunks = chunks_of(index)
         for chunk in self._decoded(chunks, min(self.workers, len(chunks))):
             yield self._arrived([chunk])
 
-    def shuffled(self, index, *position, start=0, share=(0, 1)):
-        """Endless training batches from number `start` on, as in `data.order`; share: as in `data.Loader`."""
-        batches = data.order(index, self.batch_size, *position, start=start)
-        chunks = (chunk for part, drawn in batches for chunk in split(part, drawn, share))
-        each = len(split(index[:self.batch_size], None, share))             # chunks a batch
-        ahead = max(2, math.ceil(2 * each / max(1, self.workers)))  # so that two batches are under way
+    def shuffled(self, index, *position, start=0, shard=(0, 1)):
+        """Endless training batches from number `start` on, as in `data.Loader`."""
+        batches = data.batch_indices(index, self.batch_size, *position, start=start)
+        chunks = (chunk for part, drawn in batches for chunk in chunks_of(part, drawn, shard))
+        each = len(chunks_of(index[:self.batch_size], None, shard))         # chunks a batch
+        ahead = max(2, math.ceil(2 * each / max(1, self.workers)))          # two batches are under way
         stream = iter(self._decoded(chunks, self.workers, ahead))
         while True:
             yield self._arrived([next(stream) for _ in range(each)])
 
 
-def split(index, generator=None, share=(0, 1), size=None):
-    """The r-th of n slices of a batch as chunks for `Decoder`, of `size` images (`CHUNK`); with a generator
-    each image has a seed.
+def chunks_of(index, generator=None, shard=(0, 1)):
+    """This process's slice of a batch as chunks for `Decoder`; with a generator each image has a seed.
+
+    shard: (rank, world_size).
     """
-    r, n = share
-    seeds = None if generator is None else torch.randint(2 ** 62, index.shape, generator=generator)
-    mine = index.tensor_split(n)[r]
-    if not len(mine):                                     # of fewer images than processes
-        return []
-    size = size or CHUNK
-    parts = mine.split(size)
-    return list(zip(parts, [None] * len(parts) if seeds is None else seeds.tensor_split(n)[r].split(size)))
-
-
-class Rehearsal:
-    """One training batch over and over, to measure a step alone, and how long an image takes a worker."""
-
-    def __init__(self, loader, index, share=(0, 1)):
-        clock, threads = time.perf_counter(), torch.get_num_threads()
-        torch.set_num_threads(1)                          # as many as a worker has
-        images = split(index[:loader.batch_size], data.generator(0), share, 1)
-        chunks = [loader.decoder[image] for image in images]
-        torch.set_num_threads(threads)
-        self.seconds = (time.perf_counter() - clock) / len(chunks)
-        whole = [chunk for chunk in chunks if not isinstance(chunk, str)]     # nothing has been checked
-        self.pair, self.workers = loader._arrived(whole or chunks), loader.workers
-
-    def shuffled(self, *position, **where):
-        while True:
-            yield self.pair
-
-    def advice(self, step, total):
-        """How many workers a step of so many seconds needs, and how long checking `total` files takes."""
-        images = len(self.pair[1]) * 6 / 5                # every fifth step has a batch for alpha, too
-        need, have = math.ceil(images * self.seconds / step), max(1, self.workers)
-        return (f"Decoding: {1000 * self.seconds:.1f} ms an image in one worker; the fastest step needs "
-                f"{need} worker{'s' * (need > 1)} a process, there are {self.workers} (--workers).\nChecking "
-                f"the {total:,} images before the start takes at most {total * self.seconds / have:.0f} s.")
+    rank, world_size = shard
+    mine = index.tensor_split(world_size)[rank].split(CHUNK)
+    seeds = itertools.repeat(None)
+    if generator is not None:
+        drawn = torch.randint(2 ** 62, index.shape, generator=generator)
+        seeds = drawn.tensor_split(world_size)[rank].split(CHUNK)
+    return [chunk for chunk in zip(mine, seeds) if len(chunk[0])]           # none of no images

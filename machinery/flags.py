@@ -1,6 +1,10 @@
-"""The command line of search.py: its flags, their defaults, what is refused, and how a run ends."""
+"""The command lines: the flags of search.py, those that train.py shares, and how a mistake ends."""
+from machinery import files, folder, processes
+from machinery.files import Refused
+
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -8,10 +12,7 @@ import sys
 from pathlib import Path
 
 import data
-import flops
-from grow import WIDENINGS
-from machinery import files, folder, processes
-from space import SPACES, total_stride
+from space import SPACES, Arch, total_stride
 
 METHODS = {"cst": "curriculum supernet training, the paper's",
            "direct": "every stage from scratch, without a teacher",
@@ -23,14 +24,50 @@ DEFAULTS = {"paper": {"epochs": [100.0, *[60.0] * 4], "batch_size": 1024, "lr": 
             "small": {"epochs": [1.0, *[0.4] * 4], "batch_size": 32, "lr": 0.1, "alpha_lr": 0.02}}
 RESOLUTION = {"paper": 224, "small": 32}        # of the images of a folder
 DATA = {"data": "fashion", "classes": None, "resolution": None, "workers": None, "skip_broken": False}
+NOT_KEPT = ("out", "resume", "dry_run")         # flags that are no setting of a run
+FREE = ("stages", "device", "checkpoint_every", "workers")      # settings that may change on the way
 
-FREE = ("stages", "device", "checkpoint_every", "workers")     # what may change when a run is gone on with
+
+class Parser(argparse.ArgumentParser):
+    """Its errors are Refused, so that they end as every other mistake does."""
+
+    def __init__(self, script, description):
+        super().__init__(prog=script, description=description,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise Refused(message)
 
 
-def parser(description=__doc__):
+def command(main):
+    """A script's `main(argv=None)`, in one of the processes that torchrun started, or alone.
+
+    This is where outside errors become one line on stderr: exit status 2 for what is Refused, 1 for what the
+    file system answers.
+    """
+    script = Path(main.__code__.co_filename).name
+
+    @functools.wraps(main)
+    def run(argv=None):
+        try:
+            with processes.process_group():
+                return main(argv)
+        except Refused as error:
+            status, message = 2, str(error)
+        except BrokenPipeError:                     # of `| head`: nobody reads on, and nothing is lost
+            status, message = 1, "its output was closed"
+        except OSError as error:
+            where = error.filename or "its output"
+            status = 1
+            message = f"{where}: {error.strerror or error}; what was written before is whole"
+        print(f"{script}: {message}".encode(errors="backslashreplace").decode(), file=sys.stderr)
+        raise SystemExit(status)
+    return run
+
+
+def search_parser(description):
     """The flags of search.py."""
-    p = one_line(argparse.ArgumentParser(prog="search.py", description=description,
-                                         formatter_class=argparse.RawDescriptionHelpFormatter))
+    p = Parser("search.py", description)
     g = p.add_argument_group("the curriculum")
     g.add_argument("--stages", type=int, choices=range(1, 6), default=5, help="how many of A0..A4 (5)")
     g.add_argument("--space", choices=SPACES, default="small",
@@ -41,17 +78,17 @@ def parser(description=__doc__):
                    help="ablation (Fig. 6): every stage from scratch, without SuperNet2SuperNet")
     g.add_argument("--no-distill", dest="distill", action="store_false",
                    help="ablation (Fig. 6): without the teacher of Eq. 4")
-    g.add_argument("--widen", choices=WIDENINGS[:2], default="eq3",
+    g.add_argument("--widen", choices=("eq3", "zero", "naive"), default="eq3",
                    help="how new channels are consumed: by Eq. 3, or not at first, which preserves every "
-                   "old sub-network (eq3)")
-    g.add_argument("--flops-target", nargs="+", type=flops.amount, metavar="F",
+                   "old sub-network; or random, as in --method naive (eq3)")
+    g.add_argument("--flops-target", nargs="+", type=amount, metavar="F",
                    help="MACs of each stage's network, as in 0.9M, or off (Table 3; for our space the like)")
     g.add_argument("--mu", type=number(float, 1e-9), default=1.0,
                    help="weight of |expected MACs / target - 1| in the architecture's loss (1)")
     g = p.add_argument_group("data and training", "(defaults in the paper's space; in ours)")
     data_flags(g)
     p.set_defaults(**DATA)
-    g.add_argument("--epochs", nargs="+", type=number(float, 1e-9), metavar="E",
+    g.add_argument("--epochs", nargs="+", type=number(float, 1e-9, 1e6), metavar="E",
                    help="of each stage, or one number for all; fractions will do (100 60 60 60 60; 1 0.4 "
                    "0.4 0.4 0.4)")
     g.add_argument("--batch-size", type=number(int, 1), metavar="B", help="images a step (1024; 32)")
@@ -62,7 +99,8 @@ def parser(description=__doc__):
     g = p.add_argument_group("the run")
     g.add_argument("--out", type=Path, metavar="DIR",
                    help="folder of the run (the next of runs/001, runs/002, ..)")
-    g.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings")
+    g.add_argument("--resume", action="store_true",
+                   help="go on with the run in --out, with its settings; begin it if there is none")
     g.add_argument("--dry-run", action="store_true",
                    help="measure a few steps, print what the run would cost, and stop")
     run_flags(g)
@@ -88,7 +126,7 @@ def data_flags(g):
                    "of which a sixth is held out to test on (fashion)")
     g.add_argument("--classes", type=number(int, 2), metavar="N",
                    help="of a folder: N classes, drawn by the seed (all)")
-    g.add_argument("--resolution", type=number(int, 8), metavar="R",
+    g.add_argument("--resolution", type=number(int, 8, 4096), metavar="R",
                    help="of a folder: pixels a side (224; 32)")
     g.add_argument("--workers", type=number(int, 0), metavar="N",
                    help="of a folder: processes that decode images, in a search for each of its two parts; "
@@ -105,43 +143,6 @@ def data_name(text):
     return text if text in data.NAMES else str(Path(text).resolve())
 
 
-def images(p, args, part, run=None, checked=True):
-    """The `data.Images` or `folder.Folder` that args.data and the like name; part: train or test.
-
-    run, checked: as in `folder.load`. What is missing, broken or does not go together ends in p.error.
-    """
-    try:
-        if args.data in data.NAMES:
-            for key in ("classes", "resolution"):
-                if getattr(args, key):
-                    processes.on_rank0(p.error, f"--{key} is for a folder of images, and --data {args.data} is "
-                                             "none")
-            return processes.rank0_first(data.load, args.data, part)
-        return folder.load(Path(args.data), part, args.seed, args.resolution or RESOLUTION[args.space],
-                           args.classes, args.workers, args.skip_broken, run, checked)
-    except (OSError, EOFError, ValueError) as error:
-        return processes.on_rank0(p.error, f"--data {args.data}: {error}")
-
-
-def aim(p, args, images):
-    """MACs to aim at, a stage: args.flops_target, or `flops.targets`. What no network has ends in p.error."""
-    shape = images.channels, images.resolution, images.classes
-    found = args.flops_target or flops.targets(args.space, *shape)
-    for space, target in zip(SPACES[args.space][:args.stages], found):
-        space = space._replace(resolution=images.resolution)
-        low, high = flops.bounds(flops.costs(space, images.channels, images.classes))
-        if target and not low <= target <= high:
-            p.error(f"--flops-target {target:,.0f} is out of reach: the networks of A{space.stage} have "
-                    f"{low:,.0f} to {high:,.0f} MACs for these images")
-    return found
-
-
-def one_line(parser):
-    """Let `parser` end a user's mistake in one line on stderr, with exit status 2, and without its usage."""
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
-    return parser
-
-
 def number(kind, low, high=math.inf):
     """An argparse type: a finite number of that kind (int, float) of at least `low` and at most `high`."""
     def read(text):
@@ -154,113 +155,86 @@ def number(kind, low, high=math.inf):
     return read
 
 
-def hold(p, out, stack):
-    """Make the folder `out`, and let no other run write into it until `stack` ends. If one does: p.error."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(files.lock(out))
-    except BlockingIOError:
-        p.error(f"--out {out} is in use by another run: wait for its end, or choose another folder")
-    except OSError as error:
-        p.error(f"--out {out}: {error.strerror}")
+def amount(text):
+    """An argparse type: a number of MACs, parameters, ..: "20M" -> 2e7; suffixes k, M, G. "off" is 0."""
+    if text == "off":
+        return 0.0
+    scale = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}.get(text[-1:])
+    value = float(text[:-1]) * scale if scale else float(text)
+    if not 0 < value < math.inf:
+        raise ValueError(text)
+    return value
 
 
-@contextlib.contextmanager
-def explained(p, out):
-    """What a file does to a run in here ends in one line: broken, or not the run's, or a full disk."""
+def load_images(args, part, run=None, checked=True):
+    """The `data.Images` or `folder.Folder` that args.data and the like name; part: train or test.
+
+    run, checked: as in `folder.load`. Refused if they are missing, broken or do not go together.
+    """
+    for key in ("classes", "resolution"):
+        if getattr(args, key) and args.data in data.NAMES:
+            raise Refused(f"--{key} is for a folder of images, and --data {args.data} is none")
     try:
-        yield
-    except files.Refused as error:
-        p.error(error)
-    except OSError as error:
-        where = error.filename or "its output"      # of a pipe that was closed
-        raise SystemExit(f"{p.prog}: {where}: {error.strerror}; what was written before is whole, and "
-                         f"--resume --out {out} goes on with it") from None
+        if args.data in data.NAMES:
+            return processes.rank0_first(data.load, args.data, part)
+        return folder.load(Path(args.data), part, args.seed, args.resolution or RESOLUTION[args.space],
+                           args.classes, args.workers, args.skip_broken, run, checked)
+    except (OSError, EOFError, ValueError) as error:
+        raise Refused(f"--data {args.data}: {error}") from None
+
+
+def read_arch(file):
+    """The `Arch` in a JSON file. Refused, with the file and what is wrong in it, if it holds none."""
+    try:
+        return Arch.from_json(file.read_text())
+    except UnicodeDecodeError as error:
+        raise Refused(f"{file} is not text ({error.reason})") from None
+    except ValueError as error:
+        raise Refused(f"{file}: {error}") from None
 
 
 def kept(args):
     """The settings that make a run what it is, as args.json and checkpoints keep them."""
-    return {key: value for key, value in vars(args).items() if key not in ("out", "resume", "dry_run")}
+    return {key: value for key, value in vars(args).items() if key not in NOT_KEPT}
 
 
-def begun(saved):
-    """The settings of a run, as its args.json has them: as a command line, and parsed. ValueError if refused.
-    """
-    def refuse(message):
-        raise ValueError(message)
-    p, argv = parser(), []
-    p.error = refuse
+def same_run(args):
+    """Of `kept`, what must be the same when a run is gone on with."""
+    return {key: value for key, value in kept(args).items() if key not in FREE}
+
+
+def argv_of(settings):
+    """The command line of the settings in an args.json. Refused if these are not a run's."""
+    p, argv = search_parser(None), []
     switches = {"grow": "--no-grow", "distill": "--no-distill", "skip_broken": "--skip-broken"}
-    names = set(kept(p.parse_args([])))
-    if differing := names ^ set(saved if isinstance(saved, dict) else ()):
-        raise ValueError(f"{', '.join(sorted(differing))}: missing or unknown")
-    for key, value in saved.items():
+    if differing := set(settings) ^ set(kept(p.parse_args([]))):
+        raise Refused(f"{', '.join(sorted(differing))}: missing or unknown")
+    for key, value in settings.items():
         if key in switches:
-            if not isinstance(value, bool):
-                raise ValueError(f"{key} is {value!r}, not true or false")
             argv += [switches[key]] * (value is (key == "skip_broken"))
-        elif value is not None or key not in ("classes", "resolution", "workers"):
+        elif value is not None:
             values = value if isinstance(value, list) else [value]
             off = key == "flops_target" and 0 in values                 # written so; 0 is no number of MACs
             argv += [f"--{key.replace('_', '-')}", *("off" if off and v == 0 else str(v) for v in values)]
-    args = p.parse_args(argv)
-    for key, value in saved.items():
-        if getattr(args, key) != value:
-            raise ValueError(f"{key} is {value!r}, not {getattr(args, key)!r}")
-    return argv, args
+    return argv
 
 
-def pieces(p, args):
-    """(most, fewest) images of a batch that a process computes at once. A batch that does not split: p.error.
-    """
-    n = processes.share()[1]
-    if args.batch_size % n:
-        p.error(f"--batch-size {args.batch_size} does not divide by the {n} processes")
-    mine = args.batch_size // n
-    if args.accumulate > mine:
-        p.error(f"--accumulate {args.accumulate} is more than the {mine} images that a process has of a "
-                "batch")
-    most = math.ceil(mine / args.accumulate)
-    return most, mine % most or most                # the last piece has what is left
+def settings_of(run):
+    """The arguments of the search that left args.json in the folder `run`. Refused if they are not such."""
+    file = run / "args.json"
+    settings = files.read_json(file)
+    try:
+        args = completed(search_parser(None).parse_args(argv_of(settings)))
+        for key, value in settings.items():
+            if getattr(args, key) != value:
+                raise Refused(f"{key} is {value!r}, not {getattr(args, key)!r}")
+    except Refused as error:
+        raise Refused(f"{file} is not what a run writes ({error})") from None
+    return args
 
 
-def fit(p, args, size, name, blocks):
-    """End in p.error where `size` pixels a side are too few for the strides of network `name`, or a piece of
-    a batch has too few for batch norm.
-    """
-    strides = total_stride(blocks)
-    if 2 * size <= strides:
-        p.error(f"{size} pixels a side are too few for {name}, whose strides make one of {strides}: take a "
-                "larger --resolution")
-    if size <= strides and pieces(p, args)[1] == 1:
-        p.error(f"a piece of one image, of which {name} leaves one pixel, is too little for batch norm: take "
-                "a larger --batch-size, a smaller --accumulate, or a larger --resolution")
-
-
-def settings(p, argv):
-    """The checked arguments. A mistake ends in one line and exit status 2."""
-    argv = sys.argv[1:] if argv is None else argv
-    if out := processes.recall("out"):              # before torchrun started its processes anew
-        argv = ["--resume", "--out", out]
-    args = p.parse_args(argv)
-    if args.resume:
-        if args.out is None or not (args.out / "args.json").is_file():
-            p.error("--resume needs --out with the folder of a run, one that has args.json")
-        file = args.out / "args.json"
-        try:
-            given, before = begun(json.loads(file.read_text()))
-        except (OSError, ValueError, RecursionError) as error:
-            p.error(f"--resume: {file} is not what a run writes ({error})")
-        args = p.parse_args([*given, *argv])
-        for key, value in kept(before).items():
-            if key not in FREE and getattr(args, key) != value:
-                p.error(f"--{key.replace('_', '-')} is {getattr(args, key)}, but the run in {args.out} has "
-                        f"{value}")
-    elif args.out is None:
-        numbered = (Path("runs") / f"{n:03d}" for n in itertools.count(1))
-        args.out = next(out for out in numbered if not out.exists())
-    elif args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        p.error(f"--out {args.out} holds something already: choose another folder, or add --resume")
+def completed(args):
+    """`args` with the defaults of their space, and a number a stage. Refused if they do not go together."""
     for key, value in DEFAULTS[args.space].items():
         setattr(args, key, getattr(args, key) or value)
     for key in ("epochs", "flops_target"):
@@ -268,11 +242,103 @@ def settings(p, argv):
         if values and len(values) == 1:
             setattr(args, key, values * 5)
         elif values and len(values) < args.stages:
-            p.error(f"--{key.replace('_', '-')}: {len(values)} values for {args.stages} stages; give one for "
-                    "each, or one for all")
-    pieces(p, args)
+            raise Refused(f"--{key.replace('_', '-')}: {len(values)} values for {args.stages} stages; give "
+                          "one for each, or one for all")
     if args.method == "scaling" and args.flops_target and not all(args.flops_target):
-        p.error("--method scaling needs a --flops-target to scale to")
+        raise Refused("--method scaling needs a --flops-target to scale to")
+    if args.method == "naive":
+        args.widen = "naive"
     if args.method != "cst":
         args.grow, args.distill = args.method == "naive", False
     return args
+
+
+def search_arguments(argv, description):
+    """The checked arguments of search.py. With --resume the run's own, which those given must equal."""
+    p = search_parser(description)
+    argv = sys.argv[1:] if argv is None else argv
+    args = p.parse_args(argv)
+    if args.resume and args.out is None:
+        raise Refused("--resume needs --out with the folder of a run")
+    if args.resume and (args.out / "args.json").exists():
+        ran = settings_of(args.out)
+        args = completed(p.parse_args([*argv_of(files.read_json(args.out / "args.json")), *argv]))
+        for key, value in same_run(ran).items():
+            if getattr(args, key) != value:
+                raise Refused(f"--{key.replace('_', '-')} is {getattr(args, key)}, but the run in {args.out} "
+                              f"has {value}")
+    args = completed(args)
+    batch_pieces(args)
+    return args
+
+
+def run_folder(args, stack):
+    """The folder of a search, made and locked until `stack` ends: args.out, or the next of runs/001, ..
+
+    Refused, under the lock, if it holds something else than the run that is to be gone on with.
+    """
+    if args.out is None:
+        for n in itertools.count(1):
+            out = Path("runs") / f"{n:03d}"
+            with contextlib.suppress(FileExistsError):
+                out.mkdir(parents=True)
+                break
+    else:
+        out = args.out
+    lock(out, stack)
+    held = {path.name for path in out.iterdir() if path.suffix != ".tmp"}
+    if args.resume and "last.pt" not in held and "A0.pt" in held:
+        raise Refused(f"{out} has finished stages but no last.pt, so nothing says how to go on: choose "
+                      "another folder")
+    if args.resume and held and "args.json" not in held:
+        raise Refused(f"--resume: {out} is not the folder of a run, it has no args.json")
+    if not args.resume and held:
+        raise Refused(f"--out {out} holds something already: choose another folder, or add --resume")
+    return out
+
+
+def lock(out, stack):
+    """Make the folder `out` and lock it until `stack` ends. Refused if another run has. What a kill left
+    there of unfinished files is removed.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(files.lock(out))
+        for path in out.glob("*.tmp"):
+            path.unlink()
+    except BlockingIOError:
+        raise Refused(f"--out {out} is in use by another run: wait for its end, or choose another "
+                      "folder") from None
+    except OSError as error:
+        raise Refused(f"--out {out}: {error.strerror}") from None
+
+
+def batch_pieces(args):
+    """(most, fewest) images of a batch that a process computes at once. Refused if a batch does not split."""
+    n = processes.world_size()
+    if args.batch_size % n:
+        raise Refused(f"--batch-size {args.batch_size} does not divide by the {n} processes")
+    mine = args.batch_size // n
+    if args.accumulate > mine:
+        raise Refused(f"--accumulate {args.accumulate} is more than the {mine} images that a process has of "
+                      "a batch")
+    most = math.ceil(mine / args.accumulate)
+    return most, mine % most or most                # the last piece has what is left
+
+
+def check_pixels(args, size, name, blocks):
+    """Refused where `size` pixels a side are too few for the strides of network `name`, or a piece of a batch
+    has too few for batch norm.
+    """
+    strides = total_stride(blocks)
+    if 2 * size <= strides:
+        raise Refused(f"{size} pixels a side are too few for {name}, whose strides make one of {strides}: "
+                      "take a larger --resolution")
+    if size <= strides and batch_pieces(args)[1] == 1:
+        raise Refused(f"a piece of one image, of which {name} leaves one pixel, is too little for batch "
+                      "norm: take a larger --batch-size, a smaller --accumulate, or a larger --resolution")
+
+
+def save_settings(args, out):
+    """Write args.json, by which a run is gone on with."""
+    processes.write(out / "args.json", json.dumps(kept(args), indent=1) + "\n")

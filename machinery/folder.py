@@ -1,4 +1,4 @@
-"""Images of your own, or ImageNet: what a folder of class folders holds, checked first (Experiments).
+"""Images of your own, or ImageNet: what a folder of class folders holds, checked before a run (Experiments).
 
     DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg      # ImageNet's layout
     DIR/CLASS/*.jpg                                    # a sixth of every class is held out as the test images
@@ -6,6 +6,9 @@
 Which classes and test images are drawn depends on the sorted names and on the seed alone. decode.py reads
 the files.
 """
+from machinery import files, processes
+from machinery.decode import CHUNK, Loader, decode, workers
+
 import hashlib
 import json
 import os
@@ -18,9 +21,6 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
-
-from machinery import files, processes
-from machinery.decode import CHUNK, Loader, decode, workers
 
 # ImageNet's, by which nearly all networks are trained
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -74,7 +74,7 @@ def image_files(folder, above=()):
 
     above: (device, inode) of folders that a link must not lead back to. A folder is entered once.
     """
-    found, others, seen, todo = [], Counter(), set(above), [""]
+    names, others, seen, todo = [], Counter(), set(above), [""]
     while todo:
         inner = todo.pop()
         status = os.stat(os.path.join(folder, inner))
@@ -84,65 +84,66 @@ def image_files(folder, above=()):
         below = []
         with os.scandir(os.path.join(folder, inner)) as entries:
             for entry in entries:
+                name = os.path.join(inner, entry.name)
                 if entry.name.startswith("."):
                     continue
-                name = os.path.join(inner, entry.name)
                 if name.lower().endswith(ENDINGS):        # also a dead link: to be found broken
-                    found.append(name)
+                    names.append(name)
                 elif entry.is_dir():
                     below.append(name)
                 else:
                     others[os.path.splitext(name)[1]] += 1
         todo += sorted(below, reverse=True)
-    return sorted(found), others
+    return sorted(names), others
 
 
-def find(root, part, seed, count=None):
-    """(class names, names of files below root, their labels, names of those held out), of the part train or
+def list_images(root, part, seed, count=None):
+    """(class names, names of files below root, their labels, names of those held out) of the part train or
     test.
 
-    count: classes to draw. ValueError for a folder that is not laid out as above.
+    count: classes to draw. Refused if the folder is not laid out as above.
     """
     if not root.is_dir():
-        raise ValueError("is no folder")
-    names, base, val = subfolders(root), "", None
-    if {"train", "val"} <= set(names):
-        names, base, val = subfolders(root / "train"), "train", "val"
-    elif names and set(names) <= {"train", "val", "valid", "validation", "test"}:
-        raise ValueError(f"has {' and '.join(n + '/' for n in names)}, but it takes train/ and val/")
-    if len(names) < 2 or len(names) < (count or 0):
-        raise ValueError(f"{base and base + '/'} has {len(names)} folders of images, one a class, "
-                         f"but {count or 2} are needed".strip())
+        raise files.Refused("is no folder")
+    classes, base, val = subfolders(root), "", None
+    if {"train", "val"} <= set(classes):
+        classes, base, val = subfolders(root / "train"), "train", "val"
+    elif classes and set(classes) <= {"train", "val", "valid", "validation", "test"}:
+        raise files.Refused(f"has {' and '.join(n + '/' for n in classes)}, but it takes train/ and val/")
+    if len(classes) < 2 or len(classes) < (count or 0):
+        raise files.Refused(f"{base and base + '/'} has {len(classes)} folders of images, one a class, "
+                            f"but {count or 2} are needed".strip())
     for name in subfolders(root / val) if val else ():
-        if name not in set(names):
-            raise ValueError(f"{val}/{name} is no class of train/")
+        if name not in set(classes):
+            raise files.Refused(f"{val}/{name} is no class of train/")
     if count:
-        names = [names[i] for i in draw(len(names), count, seed)]
+        classes = [classes[i] for i in draw(len(classes), count, seed)]
     above = {(s.st_dev, s.st_ino) for s in map(os.stat, [root.resolve(), *root.resolve().parents])}
-    found, labels, held_out, others = [], [], [], Counter()
-    for label, name in enumerate(names):
+    names, labels, held_out, others = [], [], [], Counter()
+    for label, name in enumerate(classes):
         inner = os.path.join(val if val and part == "test" else base, name)
         if not (root / inner).is_dir():
             continue                                      # a class that val/ does not test
-        inside, more = image_files(root / inner, above)
-        inside = [os.path.join(inner, file) for file in inside]
-        others += more
+        of_class, no_images = image_files(root / inner, above)
+        of_class = [os.path.join(inner, file) for file in of_class]
+        others += no_images
         if not val:
             drawn_by = f"{seed} {name}".encode(errors="surrogateescape")
-            test = set(draw(len(inside), max(1, len(inside) // 6), drawn_by))
-            held = [file for i, file in enumerate(inside) if i in test]
-            inside = held if part == "test" else [file for i, file in enumerate(inside) if i not in test]
-            held_out += held
-        if part == "train" and len(inside) < 2:
-            raise ValueError(f"{inner} has too few images ({len(inside)} to train on; there must be two)")
-        found += inside
-        labels += [label] * len(inside)
-    if not found:
-        raise ValueError("has no images to test on")
+            tested = set(draw(len(of_class), max(1, len(of_class) // 6), drawn_by))
+            test = [file for i, file in enumerate(of_class) if i in tested]
+            of_class = test if part == "test" else [f for i, f in enumerate(of_class) if i not in tested]
+            held_out += test
+        if part == "train" and len(of_class) < 2:
+            raise files.Refused(f"{inner} has too few images ({len(of_class)} to train on; there must be "
+                                "two)")
+        names += of_class
+        labels += [label] * len(of_class)
+    if not names:
+        raise files.Refused("has no images to test on")
     if others:
         print(f"{root}: not taken for images: "
               + ", ".join(f"{n} {end or 'without ending'}" for end, n in others.items()))
-    return names, found, labels, held_out
+    return classes, names, labels, held_out
 
 
 class Checker(Dataset):
@@ -152,28 +153,29 @@ class Checker(Dataset):
         self.root, self.names = root, names
 
     def __getitem__(self, chunk):
-        found = []
+        broken = []
         for name in self.names[chunk]:
             try:
                 decode(os.path.join(self.root, name), small=True)
             except OSError as error:
-                found.append((name, str(error)))
-        return found
+                broken.append((name, str(error)))
+        return broken
 
 
 def check(root, names, count, skip_broken):
-    """{name: what is wrong} of those files that cannot be decoded; ValueError for the first, unless to be
+    """{name: what is wrong} of the files that cannot be decoded. Refused for the first, unless it is to be
     skipped.
 
-    Every process checks its share; all know what each has found.
+    Every process checks its shard of the files, and all learn what each has found.
     """
-    (r, n), broken = processes.share(), []
-    chunks = [slice(k + r * CHUNK, k + (r + 1) * CHUNK) for k in range(0, len(names), n * CHUNK)]
+    rank, world_size, broken = processes.rank(), processes.world_size(), []
+    chunks = [slice(k + rank * CHUNK, k + (rank + 1) * CHUNK)
+              for k in range(0, len(names), world_size * CHUNK)]
     for found in tqdm(workers(Checker(root, names), chunks, min(count, len(chunks))), "checking images",
-                      disable=r > 0 or None, unit_scale=n * CHUNK, unit="image", leave=False):
+                      disable=rank > 0 or None, unit_scale=world_size * CHUNK, unit="image", leave=False):
         broken += processes.all_gather(found)
         if broken and not skip_broken:
-            raise ValueError(f"{broken[0][1]}; --skip-broken leaves out what is broken")
+            raise files.Refused(f"{broken[0][1]}; --skip-broken leaves out what is broken")
     return dict(broken)
 
 
@@ -187,76 +189,62 @@ def load(root, part, seed, resolution, classes=None, count=None, skip_broken=Fal
     """The `Folder` in `root`; part: train or test; classes: draw so many; count: workers.
 
     run: the folder of a run that may have checked the files before. checked: whether to check them at all.
-    ValueError, in one line, for what does not make a data set, or is broken.
+    Refused, in one line, for what does not make a data set, or is broken.
     """
     count = cores() if count is None else count
-    class_names, names, labels, held_out = find(root, part, seed, classes)
+    class_names, names, labels, held_out = list_images(root, part, seed, classes)
     listed = "\0".join([str(root.resolve()), *names]).encode(errors="surrogateescape")
     digest = hashlib.sha256(listed).hexdigest()
     if len(set(processes.all_gather([digest]))) > 1:
-        raise ValueError("is not the same for all processes")
-    known = processes.on_rank0(read, run / "checked.json") if run else {}
+        raise files.Refused("is not the same for all processes")
+    known = processes.on_rank0(notes, run / "checked.json") if run else {}
     broken = known.get(digest)
     if broken is None:
         broken = check(root, names, count, skip_broken) if checked else {}
     elif broken and not skip_broken:
-        raise ValueError(f"{next(iter(broken.values()))}; --skip-broken leaves out what is broken")
+        raise files.Refused(f"{next(iter(broken.values()))}; --skip-broken leaves out what is broken")
     for what in broken.values():
         print(f"left out: {what}".encode(errors="backslashreplace").decode())
-    kept = [i for i, name in enumerate(names) if name not in broken]
-    labels = torch.tensor(labels)[kept]
+    whole = [i for i, name in enumerate(names) if name not in broken]
+    labels = torch.tensor(labels)[whole]
     few = (torch.bincount(labels, minlength=len(class_names)) < 2).nonzero()
     if part == "train" and few.numel():
-        raise ValueError(f"too few images of {class_names[few[0]]} are whole")
-    print(f"{root}: {len(kept):,} images of {len(class_names)} classes to {part} on", flush=True)
-    whole = np.array([os.fsencode(names[i]) for i in kept])
-    return Folder(root, whole, labels, class_names, held_out, broken, digest,
-                  resolution, count)
+        raise files.Refused(f"too few images of {class_names[few[0]]} are whole")
+    print(f"{root}: {len(whole):,} images of {len(class_names)} classes to {part} on", flush=True)
+    return Folder(root, np.array([os.fsencode(names[i]) for i in whole]), labels, class_names, held_out,
+                  broken, digest, resolution, count)
 
 
-def record(p, images, out, parts=None):
-    """Note in a run's folder which files were checked, so that it is not done again. Does nothing but for a
-    `Folder`.
+def record(images, out, parts=None):
+    """Note in a run's folder which files of a `Folder` were checked, so that it is not done again.
 
-    parts: of the search, to be noted with the classes. If others stand there, ends in p.error.
+    parts: of the search, to be noted with the classes. Refused if the run began with others.
     """
     if not isinstance(images, Folder):
         return
-    notes = {"checked.json": {**processes.on_rank0(read, out / "checked.json"), images.digest: images.broken}}
+    checked = processes.on_rank0(notes, out / "checked.json") | {images.digest: images.broken}
     if parts:
+        unchanged(images, out)
         alphas = [os.fsdecode(name) for name in images.names[parts[1]]]
-        notes["split.json"] = {"files": images.digest, "test": images.held_out, "architecture": alphas}
-        if processes.on_rank0(read, out / "split.json") not in ({}, notes["split.json"]):
-            changed(p, images, out)
+        split = {"files": images.digest, "test": images.held_out, "architecture": alphas}
         classes = "".join(name + "\n" for name in images.class_names)
+        processes.write(out / "split.json", json.dumps(split, indent=1) + "\n")
         processes.write(out / "classes.txt", classes.encode(errors="surrogateescape"))
-    for name, content in notes.items():
-        processes.write(out / name, json.dumps(content, indent=1) + "\n")
+    processes.write(out / "checked.json", json.dumps(checked, indent=1) + "\n")
 
 
-def unchanged(p, images, run):
-    """End in p.error if a `Folder` has other files than when the search in the folder `run` began: others are
-    held out then, so that images which it has seen would be tested on.
+def unchanged(images, run):
+    """Refused if a `Folder` has other files than when the search in the folder `run` began.
+
+    Others would be held out then, so that images which the search has seen would be tested on.
     """
-    if isinstance(images, Folder):
-        noted = processes.on_rank0(read, run / "split.json")
-        if noted.get("files", images.digest) != images.digest:
-            changed(p, images, run)
+    if not isinstance(images, Folder):
+        return
+    file = run / "split.json"
+    if processes.on_rank0(notes, file).get("files", images.digest) != images.digest:
+        raise files.Refused(f"--data {images.root} is not what it was when the run began ({file})")
 
 
-def changed(p, images, run):
-    processes.on_rank0(p.error, f"--data {images.root} is not what it was when the run began "
-                             f"({run / 'split.json'})")
-
-
-def read(file):
-    """The dict in a JSON file; {} where there is none. files.Refused if it holds no such."""
-    if not file.exists():
-        return {}
-    try:
-        found = json.loads(file.read_text())
-    except (ValueError, RecursionError) as error:
-        raise files.Refused(f"{file} is not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise files.Refused(f"{file} is not what a run writes: {type(found).__name__}, not an object")
-    return found
+def notes(file):
+    """The dict in a JSON file of a run; {} if the file is not there."""
+    return files.read_json(file) if file.exists() else {}

@@ -6,6 +6,8 @@ from the measured times of whole networks.
 
 Times are whole nanoseconds: their sums are exact in any order, as those of MACs are, and so is budget.py.
 """
+from machinery.files import write
+
 import itertools
 import json
 import math
@@ -19,7 +21,6 @@ from torch import nn
 
 import data
 from flops import Costs, half
-from machinery.files import write
 from ops import ACTIVATIONS, add_residual, conv, norm
 from space import CANDIDATES, round8
 

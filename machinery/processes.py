@@ -1,8 +1,10 @@
-"""Several processes on one search or training: torchrun starts them, torch.distributed carries what they say.
+"""Several processes on one search or training: torchrun starts them, torch.distributed carries the messages.
 
-All compute, each on its share of every batch; the first alone speaks and writes. Without torchrun there is
-one process, and nothing here does anything.
+All compute, each on its shard of every batch; rank 0 alone prints and writes. Without torchrun there is one
+process, and nothing here does anything.
 """
+from machinery import files
+
 import contextlib
 import datetime
 import os
@@ -12,24 +14,22 @@ import sys
 import torch
 import torch.distributed as dist
 
-from machinery import files
-
 
 @contextlib.contextmanager
 def process_group(seconds=300):
-    """Join the processes that torchrun started, if it did. All compute; the first alone speaks and writes.
+    """Join the processes that torchrun started, if it did. Only rank 0's standard output is shown.
 
-    seconds: how long one waits for another before it gives up. A death is mostly noticed at once.
+    seconds: how long a process waits for another before it gives up. A death is mostly noticed at once.
     """
     if dist.is_torchelastic_launched():
         # torchrun keeps its store when it starts its processes anew, and with it the addresses of dead ones.
-        limit = datetime.timedelta(seconds=seconds)
-        store, r, n = next(dist.rendezvous("env://", timeout=limit))
+        timeout = datetime.timedelta(seconds=seconds)
+        store, number, count = next(dist.rendezvous("env://", timeout=timeout))
         store = dist.PrefixStore(f"launch {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-                                store=store, rank=r, world_size=n, timeout=limit)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
     try:
-        with contextlib.redirect_stdout(None if share()[0] else sys.stdout):
+        with contextlib.redirect_stdout(None if rank() else sys.stdout):
             yield
     finally:
         if dist.is_initialized():
@@ -46,26 +46,26 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def share():
-    """(rank, world size)."""
+def shard():
+    """(rank, world size): which part of every batch is this process's."""
     return rank(), world_size()
 
 
 @contextlib.contextmanager
 def all_alive():
-    """Around what all processes do at once: where another has died, this one ends as well, in one line."""
+    """Around a collective call: if another process has died, this one ends as well, in one line."""
     try:
         yield
     except RuntimeError as error:
-        (r, n), why = share(), str(error).partition(". ")[0]
-        raise SystemExit(f"process {r} of {n}: another one has died or does not answer, so this one ends "
-                         f"too; --resume goes on from a checkpoint ({why})") from None
+        why = str(error).partition(". ")[0]
+        raise SystemExit(f"process {rank()} of {world_size()}: another one has died or does not answer, so "
+                         f"this one ends too; --resume goes on from a checkpoint ({why})") from None
 
 
-def choose_device(p, name):
-    """The torch device of that name; `auto` is an accelerator if there is one. A wrong name ends in p.error.
+def choose_device(name):
+    """The torch device of that name; `auto` is an accelerator if there is one. files.Refused if unusable.
 
-    Of many processes each takes the accelerator of its number on its machine, unless the name has a number.
+    Of many processes each takes the accelerator of its local rank, unless the name has a number.
     """
     try:
         if name == "auto":
@@ -73,37 +73,38 @@ def choose_device(p, name):
         if dist.is_initialized() and name != "cpu" and ":" not in name:
             name = f"{name}:{os.environ['LOCAL_RANK']}"
             torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
-        return torch.empty(1, device=name).device
+        device = torch.empty(1, device=name).device
+        float(torch.zeros(1, device=device))                    # "meta" has no numbers to compute with
+        return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        p.error(f"--device {name}: {str(error).splitlines()[0]}")
+        raise files.Refused(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
 def write(path, content):
-    """Write a text, or a dict as a checkpoint that loads with weights_only=True. The first process does."""
-    if share()[0]:
-        return
-    files.write(path, files.pack(content) if isinstance(content, dict) else content)
+    """Rank 0 writes a text or bytes to `path`, whole or not at all."""
+    if rank() == 0:
+        files.write(path, content)
 
 
-def append(path, size, text):
-    """Append `text` to the first `size` bytes of a file, and return its new size. The first process does."""
-    return 0 if share()[0] else files.extend(path, size, text)
+def save_checkpoint(path, checkpoint):
+    """Rank 0 writes a dict to `path`, whole or not at all; it loads with weights_only=True."""
+    if rank() == 0:
+        files.write(path, files.pack(checkpoint))
 
 
 def all_reduce_mean(parameters, *values):
     """Replace each gradient by its mean over all processes, and return the means of `values`, tensors.
 
-    They travel in one flat bucket. What was not sampled has no gradient, and does not travel.
+    All travel in one flat bucket. What was not sampled has no gradient, and does not travel.
     """
-    n = share()[1]
-    if n == 1:
+    if world_size() == 1:
         return values
     sampled = [p for p in parameters if p.grad is not None]
     tensors = [p.grad for p in sampled] + [v.detach() for v in values]
     bucket = torch.cat([t.flatten() for t in tensors])
     with all_alive():
         dist.all_reduce(bucket)
-    parts = (bucket / n).split([t.numel() for t in tensors])
+    parts = (bucket / world_size()).split([t.numel() for t in tensors])
     for p, part in zip(sampled, parts):
         p.grad = part.view_as(p)
     return [part.view_as(v) for part, v in zip(parts[len(sampled):], values)]
@@ -111,104 +112,95 @@ def all_reduce_mean(parameters, *values):
 
 def all_reduce_sum(tensor):
     """The sum of a tensor over all processes."""
-    if share()[1] > 1:
+    if world_size() > 1:
         with all_alive():
             dist.all_reduce(tensor)
     return tensor
 
 
 def broadcast(module):
-    """Give all processes the first one's batch-norm statistics, each has its share's, and (equal) weights."""
-    if share()[1] > 1:
+    """Give every process the buffers of rank 0's module, batch-norm statistics: they are of a shard each."""
+    if world_size() > 1:
         with all_alive():
-            for tensor in module.state_dict().values():
+            for tensor in module.buffers():
                 dist.broadcast(tensor, 0)
+
+
+def on_rank0(function, *arguments):
+    """What `function(*arguments)` returns on rank 0, on all ranks; or what it refuses or exits with there."""
+    if world_size() == 1:
+        return function(*arguments)
+    result = [None]
+    if rank() == 0:
+        try:
+            result = [function(*arguments)]
+        except (SystemExit, files.Refused, OSError) as error:
+            result = [error]
+    with all_alive():
+        dist.broadcast_object_list(result)
+    if isinstance(result[0], BaseException):
+        raise result[0]
+    return result[0]
+
+
+def all_gather(items):
+    """The lists `items` of all processes as one, in all of them."""
+    if world_size() == 1:
+        return items
+    lists = [None] * world_size()
+    with all_alive():
+        dist.all_gather_object(lists, items)
+    return [item for some in lists for item in some]
+
+
+def rank0_first(function, *arguments):
+    """What `function(*arguments)` returns; on each machine one process calls it before the others do.
+
+    For what leaves files that the others find, as a download does. It may take longer than `process_group`
+    lets a process wait, so it is the store of torchrun that is waited for.
+    """
+    if not dist.is_torchelastic_launched():
+        return function(*arguments)
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    done = [f"{os.environ['TORCHELASTIC_RESTART_COUNT']} {arguments} done on {machine}"
+            for machine in range(int(os.environ["GROUP_WORLD_SIZE"]))]
+    result = None
+    if os.environ["LOCAL_RANK"] == "0":
+        try:
+            result = function(*arguments)
+        finally:
+            store.set(done[int(os.environ["GROUP_RANK"])], "")
+    store.wait(done, datetime.timedelta(days=1))
+    return function(*arguments) if result is None else result
 
 
 @contextlib.contextmanager
 def catch_signals():
-    """Ctrl-C and SIGTERM are noted in a list, which this yields: a step can end before they are obeyed."""
+    """Yield a list that Ctrl-C and SIGTERM are noted in, so that a step ends before they are obeyed.
+
+    A second Ctrl-C ends the process at once, whatever hangs; but not under torchrun, which passes on what
+    the terminal has sent already.
+    """
     caught = []
-    usual = {number: signal.signal(number, lambda number, frame: caught.append(number))
-             for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number, frame):
+        caught.append(number)
+        if number == signal.SIGINT and not dist.is_torchelastic_launched():
+            signal.signal(number, signal.SIG_DFL)
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield caught
     finally:
-        for number, handler in usual.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 def pending_signal(caught):
     """The number of a signal that any process has in its list `caught`, for all at once; 0 if none has."""
     number = caught[0] if caught else 0
-    if share()[1] > 1:
+    if world_size() > 1:
         flag = torch.tensor(number)                       # on the CPU, so that no device is waited for
         with all_alive():
             dist.all_reduce(flag, dist.ReduceOp.MAX)
         number = int(flag)
     return number
-
-
-def on_rank0(make, *given):
-    """For all processes what `make(*given)` returns in the first, or the SystemExit that it ends in there."""
-    r, n = share()
-    if n == 1:
-        return make(*given)
-    found = [None]
-    if r == 0:
-        try:
-            found = [make(*given)]
-        except SystemExit as stop:
-            found = [stop]
-    with all_alive():
-        dist.broadcast_object_list(found)
-    if isinstance(found[0], SystemExit):
-        raise found[0]
-    return found[0]
-
-
-def all_gather(found):
-    """The lists `found` of all processes as one, in all of them."""
-    n = share()[1]
-    if n == 1:
-        return found
-    lists = [None] * n
-    with all_alive():
-        dist.all_gather_object(lists, found)
-    return [item for some in lists for item in some]
-
-
-def rank0_first(make, *given):
-    """What `make(*given)` returns, in the first process of each machine before it begins in the others.
-
-    For what leaves files that they find, as a download does. It may take longer than `join` lets one wait.
-    """
-    if not dist.is_torchelastic_launched():
-        return make(*given)
-    keys = [f"{os.environ['TORCHELASTIC_RESTART_COUNT']} {given} done on {k}"
-            for k in range(int(os.environ["GROUP_WORLD_SIZE"]))]
-    store, mine = _store(), keys[int(os.environ["GROUP_RANK"])]
-    try:
-        found = make(*given) if os.environ["LOCAL_RANK"] == "0" else None
-    finally:
-        if os.environ["LOCAL_RANK"] == "0":
-            store.set(mine, "")
-    store.wait(keys, datetime.timedelta(days=1))
-    return make(*given) if found is None else found
-
-
-def note(key, text):
-    """Let torchrun remember `text`, to `recall` after it has started its processes anew (--max-restarts)."""
-    if dist.is_torchelastic_launched() and share()[0] == 0:
-        _store().set(f"adasearch/{key}", text)
-
-
-def recall(key):
-    """What this torchrun was told to remember, or None."""
-    if dist.is_torchelastic_launched() and _store().check([f"adasearch/{key}"]):
-        return _store().get(f"adasearch/{key}").decode()
-    return None
-
-
-def _store():
-    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)

@@ -21,19 +21,20 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")                # as in search.py
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from machinery import flags
+
 import numpy as np
+import step
 import torch
 import torch.nn.functional as F
+from checkpoint import blank
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import flops
 import search
-import step
-from checkpoint import blank
 from derive import Network, arch, derive, inherit
 from grow import grow
-from machinery import flags
 from space import SPACES, round8
 from supernet import SuperNet, require_grad
 

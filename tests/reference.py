@@ -26,12 +26,14 @@ from torchvision.models.mobilenetv3 import _mobilenet_v3_conf
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from machinery import flags, processes
+
+import recipe
+
 import data
 import flops
-import recipe
 import train
 from flops import amount
-from machinery import flags, processes
 from space import SPACES
 from supernet import initialise
 

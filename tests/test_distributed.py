@@ -2,6 +2,8 @@
 
 The oracles: one process on whole batches, an undisturbed run, and a count of what a sampled path consists of.
 """
+from machinery import flags, processes
+
 import argparse
 import contextlib
 import io
@@ -14,19 +16,18 @@ import time
 from pathlib import Path
 
 import pytest
+import recipe
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from checkpoint import blank
 from oracles import TINY, chosen, without_norm
 from test_recipe import PLAIN
 from test_search import contents, same
 
 import data
 import derive
-import recipe
 import search
-from checkpoint import blank
-from machinery import flags, processes
 from supernet import initialise
 
 ROOT = Path(__file__).parent.parent

@@ -2,6 +2,8 @@
 
 The oracles: the bytes that were there, and a second process.
 """
+from machinery import files
+
 import os
 import random
 import resource
@@ -11,8 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from machinery import files
 
 CHECKPOINT = {"step": 3, "weights": {"a": torch.arange(300.0), "b": torch.ones(2, 3)}, "log": [{"loss": 1.5}]}
 

@@ -4,6 +4,8 @@ missing, cut, damaged or another's.
 Each row is tried in a copy of a finished run. It must end with exit status 2 and one line on stderr, which
 names the flag or the file and what would do, and must change no file.
 """
+from machinery import files, flags, results
+
 import gzip
 import json
 import random
@@ -21,7 +23,6 @@ import flops
 import plot
 import search
 import train
-from machinery import files, flags, results
 from space import Arch
 
 PHOTO = "../photos/bag/00023.jpg"

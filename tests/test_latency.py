@@ -4,6 +4,8 @@ anew.
 The oracles: a list of a network's layers, from its blocks, by the tests themselves; what PyTorch is asked to
 compute, operation by operation; brute force over all networks of a tiny space, with random whole costs.
 """
+from machinery import latency
+
 import itertools
 import json
 import statistics
@@ -18,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import budget
 import derive
 import flops
-from machinery import latency
 from space import SPACES
 
 TABLE_2 = {op: (int(op[4]), "se" in op, "hswish" if op.endswith("hs") else "relu")

@@ -7,10 +7,9 @@ import ctypes
 import re
 from pathlib import Path
 
+import machine
 import pytest
 import torch
-
-import machine
 
 
 def zone(folder, name, called, microjoules, wrap=2 ** 38):

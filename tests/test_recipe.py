@@ -9,10 +9,10 @@ import math
 import pytest
 import torch
 from oracles import TINY, chosen, seeded
+from recipe import BATCHES, train
 
 import data
 from derive import Network
-from recipe import BATCHES, train
 from supernet import initialise
 
 PLAIN = {"epochs": 2, "batch_size": 16, "accumulate": 1, "lr": 0.3, "weight_decay": 0.0, "smoothing": 0.0,

@@ -1,4 +1,6 @@
 """The reference networks are what the curve says they are: their MACs, their pixels, their shapes."""
+from machinery import results
+
 import json
 
 import pytest
@@ -10,7 +12,6 @@ from torchvision.models import mobilenet_v2, mobilenet_v3_small, shufflenet_v2_x
 import data
 from derive import arch
 from flops import macs
-from machinery import results
 from space import SPACES
 from supernet import SuperNet
 

@@ -13,12 +13,12 @@ import time
 from unittest import mock
 
 import pytest
+import step as step_module
 import torch
 from oracles import macs, settle, without_norm
 
 import data
 import search
-import step as step_module
 from derive import Network, derive, inherit, open_supernet, recalibrate
 from flops import TARGETS
 from grow import grow

@@ -8,12 +8,12 @@ import math
 
 import pytest
 import torch
+from checkpoint import blank
 from oracles import TINY, chosen, seeded
 from test_recipe import rate
 
 import data
 import search
-from checkpoint import blank
 from derive import Network, expected_macs, space_costs
 from supernet import SuperNet, initialise
 

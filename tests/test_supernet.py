@@ -24,12 +24,12 @@ from oracles import (
     settle,
     share_of_images,
 )
+from step import alpha_step, two_paths, weight_step
 from torch.testing import assert_close
 
 import data
 from search import optimisers
 from space import SPACES, Block, Space
-from step import alpha_step, two_paths, weight_step
 from supernet import CHOICES, Draw, SuperNet, require_grad, temperature
 
 # Row 2 has no expand convolution: its hidden widths are its input widths, of which its second block has two.

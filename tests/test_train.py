@@ -3,20 +3,21 @@ derive.py.
 
 The oracle is a second run, a reloaded program, or the files that must be there.
 """
+from machinery import files, latency
+
 import json
 import re
 import types
 
 import pytest
+import recipe
 import torch
 from oracles import without_norm
 
 import data
 import derive
-import recipe
 import search
 import train
-from machinery import files, latency
 from space import Arch
 
 FAST = ["--data", "fake", "--epochs", "2", "--device", "cpu"]

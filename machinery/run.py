@@ -1,0 +1,169 @@
+"""A long run between two steps: it goes on after a kill to the last bit, ends its step at a signal, is one of
+many processes, leaves out steps whose numbers are not finite, counts, and logs.
+
+The loop that it carries holds the method, and reads as if none of this were there:
+
+    run.begin(stage, net=net, sgd=sgd)
+    for step in run.steps(total, epoch_length, "A0"):
+        metrics = ..                                  # forward, loss, backward
+        if run.synchronise(parameters, metrics):
+            sgd.step()
+        if run.ends_epoch(step):
+            run.log({"stage": stage})
+"""
+from machinery import files, processes
+
+import contextlib
+import json
+import time
+
+import torch
+from tqdm import tqdm
+
+VERSION = 3                     # of the checkpoint
+
+
+class Run:
+    """How far a training is, and its checkpoint.
+
+    checkpoint_path: the file (None: nothing is kept). settings: a dict of what makes the run what it is; a
+    checkpoint with other settings is refused. signals: a list that `processes.catch_signals` fills.
+    log_path: a file that gets the logged rows, a line each. most_skipped: steps of a stage whose numbers may
+    not be finite before the run gives up.
+    """
+
+    def __init__(self, checkpoint_path, settings, device, signals=(), log_path=None, most_skipped=5):
+        self.checkpoint_path, self.settings, self.device = checkpoint_path, settings, device
+        self.signals, self.log_path, self.most_skipped = signals, log_path, most_skipped
+        self.state = {"stage": 0, "step": 0, "seconds": 0.0, "skipped": [], "metrics": {}, "rows": [],
+                      "history": [], "summary": []}
+        self.objects, self.saved, self.clock = {}, None, time.perf_counter()
+
+    def resume(self):
+        """Read the checkpoint, if there is one; `begin` restores from it. files.Refused if it is not whole,
+        or not of this run.
+        """
+        path = self.checkpoint_path
+        if path is None or not processes.on_rank0(path.exists):
+            return
+        saved = files.unpack(processes.on_rank0(path.read_bytes), path)
+        if saved.get("version") != VERSION:
+            raise files.Refused(f"{path} is of version {saved.get('version')}, this is version {VERSION}: "
+                                "start anew")
+        with self.refusing():
+            for key, value in self.settings.items():
+                if saved["settings"][key] != value:
+                    raise ValueError(f"its {key} is {saved['settings'][key]}, not {value}")
+            self.state = {key: type(value)(saved[key]) for key, value in self.state.items()}
+            self.state["metrics"] = {kind: (total.to(self.device), int(count))
+                                     for kind, (total, count) in self.state["metrics"].items()}
+        self.saved = saved
+
+    @contextlib.contextmanager
+    def refusing(self):
+        """In here, whatever does not fit in the checkpoint ends in files.Refused."""
+        try:
+            yield
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            why = str(error).partition("\n")[0]
+            raise files.Refused(f"{self.checkpoint_path} is not a checkpoint of this run ({why})") from None
+
+    def begin(self, stage, **objects):
+        """Begin a stage, whose checkpoints hold the state_dict of all `objects`; or go on in it where the
+        checkpoint ends. Returns the number of its next step.
+        """
+        self.objects = {name: value for name, value in objects.items() if value is not None}
+        if self.saved is not None:
+            with self.refusing():
+                for name, value in self.objects.items():
+                    value.load_state_dict(self.saved[name])
+            self.saved = None
+        else:
+            self.state.update(stage=stage, step=0, seconds=0.0, skipped=[], metrics={}, history=[])
+            self.save()
+        self.clock = time.perf_counter()
+        return self.state["step"]
+
+    def steps(self, total, epoch_length, label, checkpoint_every):
+        """The numbers of the steps that are left of `total`. Saves, reports and hears signals in between.
+
+        SystemExit, after the checkpoint, if a signal has come.
+        """
+        self.total, self.epoch_length = total, epoch_length
+        hidden = processes.rank() > 0 or None       # None: shown on a terminal alone
+        with tqdm(total=total, initial=self.state["step"], desc=label, disable=hidden) as bar:
+            for step in range(self.state["step"], total):
+                yield step
+                self.state["step"] = step + 1
+                bar.update()
+                if (step + 1) % 50 == 0 or step + 1 == total:   # reading a number waits for the device
+                    self.report(bar, label)
+                stopped = processes.pending_signal(self.signals)
+                if stopped or self.ends_epoch(step) or (step + 1) % checkpoint_every == 0:
+                    self.save()
+                if stopped:
+                    kept = "--resume goes on" if self.checkpoint_path else "nothing is kept"
+                    print(f"stopped in {label} after step {step + 1}; {kept}", flush=True)
+                    raise SystemExit(128 + stopped)
+
+    def ends_epoch(self, step):
+        """Whether `step` is the last of an epoch, or of all steps."""
+        return (step + 1) % self.epoch_length == 0 or step + 1 == self.total
+
+    def synchronise(self, parameters, metrics, kind=""):
+        """Whether the step can be taken: gradients and `metrics` become their means over all processes, and
+        all must be finite.
+
+        metrics: (2,), loss and accuracy of this step, which are counted under `kind`. SystemExit if too many
+        steps of the stage were not finite.
+        """
+        metrics, = processes.all_reduce_mean(parameters, metrics)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if torch.isfinite(metrics.sum() + norm):    # the one number that is read from the device in each step
+            total, count = self.state["metrics"].get(kind, (0, 0))
+            self.state["metrics"][kind] = total + metrics, count + 1
+            return True
+        step, skipped = self.state["step"], self.state["skipped"]
+        skipped.append(step)
+        if len(skipped) > self.most_skipped:
+            raise SystemExit(f"loss or gradients are not finite in step {', '.join(map(str, skipped))}; "
+                             "try a lower --lr")
+        print(f"loss or gradients of step {step} are not finite; it is left out", flush=True)
+        return False
+
+    def means(self):
+        """{"loss", "accuracy", and with each kind in front}: means over the steps since the last `log`."""
+        return {kind + name: value / count for kind, (total, count) in self.state["metrics"].items()
+                for name, value in zip(("loss", "accuracy"), total.tolist())}
+
+    def log(self, row):
+        """Add a row to the log: `row`, the step, the means over its steps, seconds since the stage began."""
+        row = row | {"step": self.state["step"] + 1, "steps": self.total} | self.means()
+        self.state["rows"].append(row | {"seconds": self.seconds()})
+        self.state["metrics"] = {}
+        return self.state["rows"][-1]
+
+    def seconds(self):
+        """How long the stage has taken, without the time that the run lay still."""
+        return self.state["seconds"] + time.perf_counter() - self.clock
+
+    def report(self, bar, label):
+        """Loss and accuracy: on the bar, or without a terminal as a plain line now and then."""
+        means = self.means() or (self.state["rows"] or [{}])[-1]
+        if "loss" not in means:
+            return
+        text = f"loss {means['loss']:.3f}, accuracy {100 * means.get('accuracy', 0):.1f} %"
+        if not bar.disable:
+            bar.set_postfix_str(text)
+        elif self.state["step"] % 250 == 0 or self.state["step"] == self.total:
+            print(f"{label} step {self.state['step']}/{self.total}: {text}", flush=True)
+
+    def save(self):
+        """Write the checkpoint, all that the run needs to go on from here, and the log."""
+        self.state["seconds"], self.clock = self.seconds(), time.perf_counter()
+        if self.log_path:
+            processes.write(self.log_path, "".join(json.dumps(row) + "\n" for row in self.state["rows"]))
+        if self.checkpoint_path:
+            states = {name: value.state_dict() for name, value in self.objects.items()}
+            processes.save_checkpoint(self.checkpoint_path, {"version": VERSION, "settings": self.settings}
+                                      | self.state | states)
