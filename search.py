@@ -20,7 +20,7 @@ import data
 import distill
 import flops
 import plot
-from derive import derive, evaluate_derived, expected_macs, open_supernet, scale, space_costs
+from derive import derive, evaluate_derived, open_supernet, scale
 from grow import describe, grow
 from network import Network
 from space import SPACES, Arch
@@ -60,7 +60,6 @@ def train_stage(supernet, teacher, loader, parts, args, run):
     """One box of Figure 2: w and alpha by turns, each on its own part of the images, to the stage's end."""
     stage, weights, alphas = supernet.space.stage, supernet.weights(), supernet.alphas()
     sgd, adam = optimizers(supernet, args)
-    costs, target = space_costs(supernet), args.flops_target[stage]
     epoch_length, steps = schedule(args, stage, parts)
     start, shard = run.begin(stage, supernet=supernet, sgd=sgd, adam=adam), processes.shard()
     w_batches = loader.shuffled(parts[0], args.seed, stage, WEIGHTS, start=start, shard=shard)
@@ -83,8 +82,6 @@ def train_stage(supernet, teacher, loader, parts, args, run):
             require_grad(weights, False), require_grad(alphas, True)
             adam.zero_grad()
             metrics = backward(supernet, teacher, next(alpha_batches), (*paths, 1), *how)
-            if target:                                                   # draws the mean MACs to their target
-                (args.mu * (expected_macs(supernet, costs) / target - 1).abs()).backward()
             if run.synchronise(alphas, metrics, "alpha_"):
                 step_sampled(adam, alphas)
 
@@ -94,7 +91,7 @@ def train_stage(supernet, teacher, loader, parts, args, run):
             history = [*run.state["history"], [step + 1, supernet.probabilities()]]
             run.state["history"] = []
             run.log({"stage": stage, "epoch": step // epoch_length, "temperature": tau, "lambda": lam,
-                     "expected_macs": float(expected_macs(supernet, costs)), "alphas": history})
+                     "alphas": history})
 
 
 def backward(supernet, teacher, batch, seed, tau, lam, pieces):
