@@ -3,7 +3,7 @@
 The oracles: FBNetV2 as defined, every convolution at its full width and every choice of width a soft mask
 (`masked_supernet`), which slicing must equal; textbook layers at the chosen widths for one path alone; and
 for the draws, the probabilities of drawing without replacement from the softmax, worked out by hand. Steps of
-the two parameter sets are those of step.py, with search.py's optimisers.
+the two parameter sets are by search.py's `backward` and optimizers.
 """
 import argparse
 import copy
@@ -24,13 +24,12 @@ from oracles import (
     settle,
     share_of_images,
 )
-from step import alpha_step, two_paths, weight_step
 from torch.testing import assert_close
 
 import data
-from search import optimisers
+from search import backward, optimizers
 from space import SPACES, Block, Space
-from supernet import CHOICES, Draw, SuperNet, require_grad, temperature
+from supernet import CHOICES, Draw, SuperNet, require_grad, step_sampled, temperature
 
 # Row 2 has no expand convolution: its hidden widths are its input widths, of which its second block has two.
 UNEXPANDED = TINY._replace(blocks=(Block(0, 0, (1,), (8, 16, 24), 1, False, False),
@@ -238,11 +237,13 @@ def sampled(net, path):
 def test_a_weight_step_moves_what_it_sampled_and_nothing_else(teacher):
     net, y = small(1).train(), torch.arange(4)
     require_grad(net.alphas(), False)
-    sgd, _ = optimisers(net, SETTINGS)
+    sgd, _ = optimizers(net, SETTINGS)
     for step in range(4):                                            # after the first, there is momentum
         before = copy.deepcopy(net.state_dict())
         wanted = sampled(net, net.sample(1.0, data.generator(step, 0)))
-        weight_step(net, teacher, sgd, net.weights(), (images(4, 1, 16, step), y), 1, 1.0, 0.3, (step,))
+        sgd.zero_grad()
+        backward(net, teacher, (images(4, 1, 16, step), y), (step, 0), 1.0, 0.3, 1)
+        sgd.step()
         moved = {name for name, now in net.state_dict().items() if not torch.equal(now, before[name])}
         assert moved == wanted
         assert all(a.grad is None for a in net.alphas())                # no gradient of a frozen parameter
@@ -268,9 +269,8 @@ def test_an_alpha_step_has_a_gradient_for_the_sampled_options_alone():
     require_grad(net.weights(), False)
     for step in range(4):
         net.zero_grad()
-        loss, _ = two_paths(net, None, images(4, 1, 16, step), y, 1.0, 0.0, seeded(step))
-        loss.backward()
-        path = net.sample(1.0, seeded(step))
+        backward(net, None, (images(4, 1, 16, step), y), (step,), 1.0, 0.0, 1)
+        path = net.sample(1.0, data.generator(step))
         for alpha, (drawn, moving) in zip(net.alphas(), active(net, path), strict=True):
             others = [o for o in range(len(alpha)) if o not in drawn]
             assert (alpha.grad[others] == 0).all() and (alpha.grad[list(moving)] != 0).all()
@@ -279,13 +279,15 @@ def test_an_alpha_step_has_a_gradient_for_the_sampled_options_alone():
 
 def test_an_alpha_step_moves_the_sampled_options_alone_whatever_their_momentum():
     net, y, stale = small(3).train(), torch.arange(4), 0
-    _, adam = optimisers(net, SETTINGS)
+    _, adam = optimizers(net, SETTINGS)
+    require_grad(net.weights(), False)
     for step in range(5):
         before = [a.detach().clone() for a in net.alphas()]
         weights = {name: p.detach().clone() for name, p in net.named_parameters() if ".alphas." not in name}
         wanted = active(net, net.sample(1.0, data.generator(step, 1)))
-        alpha_step(net, None, adam, net.weights(), net.alphas(), lambda: None, (images(4, 1, 16, step), y), 1,
-                   1.0, 0.0, (step,))
+        adam.zero_grad()
+        backward(net, None, (images(4, 1, 16, step), y), (step, 1), 1.0, 0.0, 1)
+        step_sampled(adam, net.alphas())
         now = dict(net.named_parameters())
         assert all(torch.equal(now[name], p) for name, p in weights.items())
         assert all(p.grad is None for p in net.weights())               # nor is it computed
