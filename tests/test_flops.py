@@ -6,6 +6,7 @@ The oracles: PyTorch's own counter (torch.utils.flop_counter, which counts two a
 forward hooks; brute force over a space of few networks; torchvision's MobileNets, layer by layer. Networks
 are built on the device "meta", which computes shapes alone.
 """
+import functools
 import itertools
 import math
 import random
@@ -83,6 +84,8 @@ def test_candidate(op, pixels, stride, expand):
         hidden = hidden if expand else inputs
         with torch.device("meta"):
             module = InvertedResidual(op, inputs, hidden, outputs, stride, expand)
+            module.forward = functools.partial(module.forward, hidden=(hidden,), gates=torch.ones(1),
+                                               outputs=outputs)
         found = flops.candidate(op, inputs, hidden, outputs, expand, stride, pixels)
         assert sum(layer.macs() for layer in found) == counter(module, inputs, pixels)[0]
         assert sum(layer.params() for layer in found) == numel(module)
