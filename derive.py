@@ -213,7 +213,7 @@ def measurer(run):
     """
     ran = flags.settings_of(run)
     images = flags.load_images(ran, "train", run)
-    folder.check_unchanged(images, run)
+    folder.unchanged(images, run)
     parts = data.split(images.labels, ran.seed)
     loader = images.loader(images.statistics(parts[0]), ran.batch_size)
     return lambda supernet, found: evaluate_derived(

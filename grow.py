@@ -1,4 +1,4 @@
-"""SuperNet2SuperNet (Eqs. 1-3, Fig. 1): a larger supernet that computes what the smaller one computed.
+"""SuperNet2SuperNet (Eqs. 1-3, Fig. 1): a larger supernet, whose largest network computes the same.
 
 Wider: every set of channels that grows gets one map f (Eq. 1) from new channels to the old ones that they
 copy. Whatever produces or carries these channels is copied by it (Eq. 2); whatever consumes them shares
@@ -7,8 +7,11 @@ and the hidden and squeezed channels of every candidate. Deeper: a new block at 
 as the identity.
 
 `widen` says how the new channels are consumed:
-  eq3    the paper's: divided by the number of copies. The network of the largest widths computes the
-         same; a narrower one does not, since its prefix has the divided weights and lacks the copies.
+  eq3    the paper's: weights are divided by the number of copies. The network of the largest widths
+         computes the same; a narrower one does not, since its prefix has the divided weights and lacks
+         the copies. Copies get equal gradients, and so stay twins unless a mask cuts between them.
+  split  ours: as eq3, but by random shares that sum to one, other ones for each output (as LEMON has it,
+         Wang et al. 2024). It keeps what eq3 keeps, and the gradients of copies differ at once.
   zero   ours: not at all at first. Every sub-network of the old supernet computes the same.
   naive  the ablation ("naive progressive search"): old weights in the old places, all others stay random.
 """
@@ -18,12 +21,16 @@ from torch import nn
 from space import CANDIDATES
 from supernet import SuperNet
 
-WIDENINGS = ("eq3", "zero", "naive")
+WIDENINGS = ("eq3", "split", "zero", "naive")
 
 
 def channel_map(old, new, generator=None):  # task 3.1
-    """Eq. 1: f (new,), long. f[j] = j below `old`, then random samples from {0, .., old - 1}."""
-    return torch.cat([torch.arange(old), torch.randint(old, (new - old,), generator=generator)])
+    """Eq. 1: f (new,), long. f[j] = j below `old`, then random samples from {0, .., old - 1}.
+
+    They are drawn without replacement as far as they go: no channel is copied twice before all are once.
+    """
+    samples = [torch.randperm(old, generator=generator) for _ in range(old, new, old)]
+    return torch.cat([torch.arange(old), *samples])[:new]
 
 
 def produce(weight, f):  # task 3.2
@@ -34,16 +41,22 @@ def produce(weight, f):  # task 3.2
     return weight[f]
 
 
-def consume(weight, f, widen):  # task 3.3
-    """Eq. 3: input channels (dimension 1) shared among the copies, or for `zero` none for the new ones.
+def consume(weight, f, widen="eq3", generator=None):  # task 3.3
+    """Eq. 3: each input channel (dimension 1) is shared among its copies.
 
     weight (o, old, ..) -> (o, new, ..). The layout is PyTorch's, output first; the paper's is W[x, y,
-    input, output].
+    input, output]. The shares of a channel's copies sum to one: they are equal for `eq3`, random and
+    other ones for each output for `split`, and for `zero` the new ones have none.
     """
-    old = weight.shape[1]
-    copies = torch.bincount(f, minlength=old)[f].to(weight)            # of each channel: |{z: f(z) = f(j)}|
-    share = 1 / copies if widen == "eq3" else (torch.arange(len(f)) < old).to(weight)
-    return weight[:, f] * share.view(1, -1, *[1] * (weight.dim() - 2))
+    o, old = weight.shape[:2]
+    part = torch.ones(o, len(f))
+    if widen == "split":
+        part.exponential_(generator=generator)              # normalised: uniform over all shares there are
+    elif widen == "zero":
+        part[:, old:] = 0
+    part = part.to(weight)
+    share = part / part.new_zeros(o, old).index_add(1, f, part)[:, f]                        # (o, new)
+    return weight[:, f] * share.view(o, -1, *[1] * (weight.dim() - 2))
 
 
 @torch.no_grad()
@@ -51,7 +64,8 @@ def grow(supernet, space, generator=None, widen="eq3"):
     """The supernet of `space`, the next stage, grown from `supernet`; which stays as it is.
 
     Architecture parameters are inherited; a new width or expansion starts from the logit of the old
-    largest, which it equals in function; the choices of a new block start uniform.
+    largest, which it equals in function. A new block has the widths' logits of the block before it, lest
+    it cut what passes; its operations and expansions start uniform.
     """
     if widen not in WIDENINGS:
         raise ValueError(f"widen is {widen!r}, choose from {', '.join(WIDENINGS)}")
@@ -60,9 +74,9 @@ def grow(supernet, space, generator=None, widen="eq3"):
     grown.to(classifier.weight.dtype)
     old_blocks = {(b.block.row, b.block.place): b for b in supernet.blocks}
     f_row = torch.arange(space.stem)                                   # the map of the channels that come in
-    copy_layer(supernet.stem, grown.stem, f_row, torch.arange(grown.stem.in_channels), widen)
+    copy_layer(supernet.stem, grown.stem, f_row, torch.arange(grown.stem.in_channels), generator, widen)
     copy_norm(supernet.stem_norm, grown.stem_norm, f_row, widen)
-    for new in grown.blocks:
+    for n, new in enumerate(grown.blocks):
         row, place = new.block.row, new.block.place
         f_in = f_row
         if place == 0:                                                   # one map for all the blocks of a row
@@ -74,11 +88,14 @@ def grow(supernet, space, generator=None, widen="eq3"):
             for name, alpha in new.alphas.items():
                 known = old.alphas[name]
                 alpha.copy_(torch.cat([known, known[-1].expand(len(alpha) - len(known))]))
-        elif widen != "naive":
-            for candidate in new.candidates:
-                identity(candidate, generator)
+        else:
+            if "width" in new.alphas:
+                new.alphas["width"].copy_(grown.blocks[n - 1].alphas["width"])  # of the same row: same widths
+            if widen != "naive":
+                for candidate in new.candidates:
+                    identity(candidate, widen, generator)
     f_head = torch.arange(space.head)
-    copy_layer(supernet.head, grown.head, f_head, f_row, widen)
+    copy_layer(supernet.head, grown.head, f_head, f_row, generator, widen)
     copy_norm(supernet.head_norm, grown.head_norm, f_head, widen)
     grown.classifier.load_state_dict(classifier.state_dict())
     return grown.to(classifier.weight.device).train(supernet.training)
@@ -90,19 +107,19 @@ def widen_candidate(old, new, f_in, f_out, generator, widen):
         f_hidden = f_in                                        # no expand convolution: hidden is the input
     else:
         f_hidden = channel_map(old.expand.out_channels, new.expand.out_channels, generator)
-        copy_layer(old.expand, new.expand, f_hidden, f_in, widen)
+        copy_layer(old.expand, new.expand, f_hidden, f_in, generator, widen)
         copy_norm(old.norm1, new.norm1, f_hidden, widen)
-    copy_layer(old.depthwise, new.depthwise, f_hidden, torch.arange(1), widen)
+    copy_layer(old.depthwise, new.depthwise, f_hidden, torch.arange(1), generator, widen)
     copy_norm(old.norm2, new.norm2, f_hidden, widen)
     if old.squeeze is not None:
         f_squeeze = channel_map(old.squeeze.out_channels, new.squeeze.out_channels, generator)
-        copy_layer(old.squeeze, new.squeeze, f_squeeze, f_hidden, widen)
-        copy_layer(old.excite, new.excite, f_hidden, f_squeeze, widen)
-    copy_layer(old.project, new.project, f_out, f_hidden, widen)
+        copy_layer(old.squeeze, new.squeeze, f_squeeze, f_hidden, generator, widen)
+        copy_layer(old.excite, new.excite, f_hidden, f_squeeze, generator, widen)
+    copy_layer(old.project, new.project, f_out, f_hidden, generator, widen)
     copy_norm(old.norm3, new.norm3, f_out, widen)
 
 
-def copy_layer(old, new, f_out, f_in, widen):
+def copy_layer(old, new, f_out, f_in, generator, widen):
     """One convolution, old -> new: its filters are produced by the map f_out and consume by the map f_in."""
     if widen == "naive":
         o, i = old.weight.shape[:2]
@@ -110,7 +127,7 @@ def copy_layer(old, new, f_out, f_in, widen):
         if old.bias is not None:
             new.bias[:o] = old.bias
         return
-    new.weight.copy_(produce(consume(old.weight.cpu(), f_in, widen), f_out))
+    new.weight.copy_(consume(produce(old.weight.cpu(), f_out), f_in, widen, generator))
     if old.bias is not None:
         new.bias.copy_(produce(old.bias.cpu(), f_out))
 
@@ -125,7 +142,7 @@ def copy_norm(old, new, f, widen):
             after.copy_(produce(before, f))
 
 
-def identity(candidate, generator):  # task 3.4
+def identity(candidate, widen, generator):  # task 3.4
     """A new block's candidate: identity kernels, of the input's width and widened to the hidden width by
     Eqs. 1-3.
 
@@ -138,7 +155,7 @@ def identity(candidate, generator):  # task 3.4
     eye = torch.eye(inputs)
     candidate.expand.weight.copy_(produce(eye, f).view(hidden, inputs, 1, 1))
     nn.init.dirac_(candidate.depthwise.weight, groups=hidden)
-    candidate.project.weight.copy_(consume(eye, f, "eq3").view(inputs, hidden, 1, 1))
+    candidate.project.weight.copy_(consume(eye, f, widen, generator).view(inputs, hidden, 1, 1))
     nn.init.zeros_(candidate.norm3.weight)
 
 

@@ -10,13 +10,13 @@ alphas.png         what the first run's supernets chose, and when: probabilities
 Made for print: 8 points at a width of 7.2 inches (more for more than 18 blocks), colours that everybody can
 tell apart, and beside each colour a mark, a hatch or a dash.
 """
-from machinery.results import FILES, OPS, Missing, curves, entropies, history, measured, networks, spread
+from machinery import files
+from machinery.results import FILES, Missing, curves, entropies, history, mean_std, measured, networks
 
 import argparse
 import io
 import itertools
 import math
-import os
 import signal
 import sys
 from pathlib import Path
@@ -27,6 +27,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
+
+from space import CANDIDATES
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")      # Okabe and Ito's
 MARKS = "osD^vPX"                                               # one more than colours: 42 different pairs
@@ -71,12 +73,12 @@ def curve(runs, path):
             axis, bars = panels[row, column], {"elinewidth": 0.8, "capsize": 2}
             texts = notes[axis] = []
             for name, points in others.items() if file == "trained.json" else ():
-                (mean, std), (family, _, width) = spread(points), name.partition(" x")
+                (mean, std), (family, _, width) = mean_std(points), name.partition(" x")
                 axis.errorbar(mean[column], mean[2], std[2], std[column], label=name, color="black",
                               marker=families[family], ms=7, **bars)
                 texts += [(*mean[[column, 2]], f"x{width}", True)] * bool(width)
             for n, line in enumerate(line for line in lines if line.file == file):
-                mean, std = (np.array(values) for values in zip(*map(spread, line.points.values())))
+                mean, std = (np.array(values) for values in zip(*map(mean_std, line.points.values())))
                 axis.errorbar(mean[:, column], mean[:, 2], std[:, 2], std[:, column], label=line.label,
                               **bars, **styles[line.label], **DRAWN[file][1])
                 # Many labels would only be in the way: the points of the other lines are A0, A1, .. as well.
@@ -135,27 +137,40 @@ def move(note, far, side):
     return note.get_window_extent(note.figure.canvas.get_renderer()).padded(1)
 
 
+def positions(arch):
+    """Where each block of an `Arch` stands: (its row in the paper's tables, its place in that row)."""
+    row, place, found = -1, 0, []
+    for block in arch.blocks:
+        row, place = (row, place + 1) if block.residual else (row + 1, 0)
+        found.append((row, place))
+    return found
+
+
 def architectures(run, path):
     """The networks A0..A4 of `run`, a folder, into `path`: a row a network, a box a block, as high as its
     output is wide. Blocks of one row of the paper's tables stand together. Returns the figure.
     """
-    found, macs = networks(run), {name: flops for name, _, flops, *_ in measured(Path(run) / "summary.json")}
-    every = [b for blocks in found.values() for b in blocks]
-    columns, pixels = sorted({b["column"] for b in every}), {b["column"]: b["pixels"] for b in every}
-    step, tall, widest = min(0.6, max(0.29, 5.5 / len(columns))), 0.6, max(b["out"] for b in every)
+    archs, macs = networks(run), {name: flops for name, _, flops, *_ in measured(Path(run) / "summary.json")}
+    pixels = {}                                             # a side of the output, a column of boxes
+    for arch in archs.values():
+        side = (arch.resolution + 1) // 2
+        for column, block in zip(positions(arch), arch.blocks):
+            pixels[column] = side = (side + 1) // 2 if block.stride == 2 else side
+    columns, widest = sorted(pixels), max(b.out for arch in archs.values() for b in arch.blocks)
+    step, tall = min(0.6, max(0.29, 5.5 / len(columns))), 0.6
     left = {column: 0.95 + n * step + 0.12 * column[0] for n, column in enumerate(columns)}   # all in inches
-    right, height = left[columns[-1]] + step, 1.2 * len(found) + 0.85
+    right, height = left[columns[-1]] + step, 1.2 * len(archs) + 0.85
     with rc_context(STYLE):
         figure = blank(max(7.2, right + 0.05), height, None)
         axis = figure.add_axes((0, 0, 1, 1), xlim=(0, max(7.2, right + 0.05)), ylim=(0, height))
         axis.set_axis_off()
         axis.text(0.87, height - 0.2, "pixels", ha="right", color="0.35")
         for size, same in itertools.groupby(columns, pixels.get):
-            first, *_, last = [left[column] for column in same] * 2
-            axis.plot([first + 0.08 * step, last + 0.92 * step], [height - 0.26] * 2, color="0.6", lw=0.8)
-            axis.text((first + last + step) / 2, height - 0.2, f"{size}×{size}" if last > first else size,
+            start, *_, end = [left[column] for column in same] * 2
+            axis.plot([start + 0.08 * step, end + 0.92 * step], [height - 0.26] * 2, color="0.6", lw=0.8)
+            axis.text((start + end + step) / 2, height - 0.2, f"{size}×{size}" if end > start else size,
                       ha="center")
-        for n, (name, blocks) in enumerate(found.items()):
+        for n, (name, arch) in enumerate(archs.items()):
             base = height - 1.2 * n - 0.4 - tall
             axis.plot([0.95, right], [base, base], color="0.6", lw=0.8, zorder=0)
             axis.text(0.1, base + 0.24, name, weight="bold", fontsize=10)
@@ -163,14 +178,14 @@ def architectures(run, path):
                 axis.text(0.1, base + 0.05, f"{macs[name]:.{2 if macs[name] < 100 else 0}f} M MACs")
             for down, word in ((0.15, "kernel"), (0.28, "width"), (0.41, "expansion")):
                 axis.text(0.87, base - down, word, ha="right", color="0.35")
-            for b in blocks:
-                start, high = left[b["column"]] + 0.08 * step, tall * b["out"] / widest
-                axis.add_patch(Rectangle((start, base), 0.84 * step, high, facecolor=FILLS[b["kind"]][0],
-                                         edgecolor="black", hatch="////" if b["five"] else None))
-                words = "5×5" if b["five"] else "3×3", b["out"], f"{b['expansion']:.1f}"
+            for column, inputs, b in zip(positions(arch), arch.inputs(), arch.blocks):
+                start, high, kernel = left[column] + 0.08 * step, tall * b.out / widest, CANDIDATES[b.op][0]
+                axis.add_patch(Rectangle((start, base), 0.84 * step, high, facecolor=FILLS[b.op[5:]][0],
+                                         edgecolor="black", hatch="////" if kernel == 5 else None))
+                words = f"{kernel}×{kernel}", b.out, f"{b.hidden / inputs:.1f}"
                 for down, word in zip((0.15, 0.28, 0.41), words):
                     axis.text(start + 0.42 * step, base - down, word, ha="center")
-                if b["stride"] == 2:
+                if b.stride == 2:
                     axis.plot(start + 0.42 * step, base + high + 0.07, "v", color="black")
         handles = [Patch(facecolor=colour, edgecolor="black", hatch=hatch, label=f"{kernel}, {words}")
                    for colour, words in FILLS.values()
@@ -186,30 +201,31 @@ def alphas(run, path):
     Above: the probabilities of the operations at the end of each stage. Below: the mean entropy of each
     choice, over that of the uniform distribution. ValueError if the log has no probabilities.
     """
-    found = history(run)
-    most, last = max(len(steps[-1][1]) for steps in found.values()), 0
+    stages = history(run)
+    words = [op[3:].replace("_", " ") for op in CANDIDATES]
+    most, done = max(len(steps[-1][1]) for steps in stages.values()), 0
     with rc_context(STYLE):
-        figure = blank(max(4.5, 0.8 + 1.28 * len(found)), 2.8 + 0.15 * most)
-        grid = figure.add_gridspec(2, len(found), height_ratios=(0.6 + 0.15 * most, 1.6))
+        figure = blank(max(4.5, 0.8 + 1.28 * len(stages)), 2.8 + 0.15 * most)
+        grid = figure.add_gridspec(2, len(stages), height_ratios=(0.6 + 0.15 * most, 1.6))
         below = figure.add_subplot(grid[1, :])
-        for n, (stage, steps) in enumerate(found.items()):
+        for n, (stage, steps) in enumerate(stages.items()):
             blocks, axis = steps[-1][1], figure.add_subplot(grid[0, n])
             image = axis.imshow([b["op"] for b in blocks], cmap="Blues", vmin=0, vmax=1, aspect="auto")
             axis.add_patch(Rectangle((-0.5, -0.5), 8, len(blocks), fill=False, ec="0.5", clip_on=False))
             axis.set(title=f"A{stage}", ylim=(most - 0.5, -0.5), yticks=range(len(blocks)))
             axis.set_ylabel("" if n else "block", loc="top")
-            axis.set_xticks(range(len(OPS)), [op[3:].replace("_", " ") for op in OPS], rotation=90)
+            axis.set_xticks(range(len(CANDIDATES)), words, rotation=90)
             axis.xaxis.tick_top()
             axis.tick_params(length=0)
             axis.spines[:].set_visible(False)
-            first, last = last, last + steps[-1][0]
+            begin, done = done, done + steps[-1][0]
             for i, (name, values) in enumerate(entropies(steps).items()):
-                below.plot([first + step for step, _ in steps], values, ("-", "--", ":")[i], color=COLOURS[i],
+                below.plot([begin + step for step, _ in steps], values, ("-", "--", ":")[i], color=COLOURS[i],
                            marker=MARKS[i], ms=3, clip_on=False, label="_" * n + name)
-            below.axvline(last, color="0.6", lw=0.6)
-            below.text((first + last) / 2, 1.07, f"A{stage}", ha="center")
+            below.axvline(done, color="0.6", lw=0.6)
+            below.text((begin + done) / 2, 1.07, f"A{stage}", ha="center")
         figure.colorbar(image, ax=figure.axes[1:], label="probability")
-        below.set(xlim=(0, last), ylim=(0, 1.05), xlabel="weight steps",
+        below.set(xlim=(0, done), ylim=(0, 1.05), xlabel="weight steps",
                   ylabel="mean entropy / log n\n(1 undecided, 0 decided)")
         figure.legend(*below.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return save(figure, path)
@@ -224,11 +240,10 @@ def blank(width, height, layout="constrained"):
 
 def save(figure, path):
     """Write a figure as PNG, whole or not at all, and return it."""
-    content, temporary = io.BytesIO(), Path(f"{path}.tmp")
+    content = io.BytesIO()
     with rc_context(STYLE):
         figure.savefig(content, format="png")
-    temporary.write_bytes(content.getvalue())
-    os.replace(temporary, path)
+    files.write(path, content.getvalue())
     return figure
 
 
@@ -244,15 +259,15 @@ def main(argv=None):
             p.error(f"{run} is not a folder")
         if not (run / "summary.json").is_file():
             p.error(f"{run} has no summary.json: it is not the folder of a finished run")
-    out, first = args.out or args.runs[0], args.runs[0]
-    for read, what in ((curves, args.runs), (networks, first), (history, first)):
+    out, run = args.out or args.runs[0], args.runs[0]
+    for read, what in ((curves, args.runs), (networks, run), (history, run)):
         try:
             read(what)  # a broken file ends it before a picture is drawn
         except Missing:
             continue
         except ValueError as error:
             p.error(error)
-    for draw, what in ((curve, args.runs), (architectures, first), (alphas, first)):
+    for draw, what in ((curve, args.runs), (architectures, run), (alphas, run)):
         path = out / f"{draw.__name__}.png"
         try:
             out.mkdir(parents=True, exist_ok=True)

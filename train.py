@@ -339,7 +339,7 @@ def main(argv=None):
     with contextlib.ExitStack() as stack, processes.catch_signals() as signals:
         processes.on_rank0(flags.lock, out, stack)
         if wanted.own:
-            folder.check_unchanged(images, run_folder)
+            folder.unchanged(images, run_folder)
         if not args.validate:
             folder.record(images, out)
             folder.record(test_images, out)

@@ -1,8 +1,9 @@
 """What a run has left in its folder, read back for tables and pictures: accuracies, networks, probabilities.
 
-A broken file becomes a ValueError that names it; `Missing` is what a run never had. Needs neither torch nor
-anything of the search.
+A broken file is refused by its name; `Missing` is what a run never had.
 """
+from machinery import files
+
 import contextlib
 import itertools
 import json
@@ -13,34 +14,37 @@ from typing import NamedTuple
 
 import numpy as np
 
+from space import CANDIDATES, Arch
+
 FILES = ("trained.json", "summary.json")                        # what accuracies stand in
 NAMED, NO_SETTING = ("method", "space", "data"), ("seed", "device", "checkpoint_every", "workers")
-OPS = ("ir_k3", "ir_k5", "ir_k3_hs", "ir_k5_hs", "ir_k3_se", "ir_k5_se", "ir_k3_se_hs", "ir_k5_se_hs")
 
 
-class Missing(ValueError):
+class Missing(files.Refused):
     """A run does not have what a picture shows, though nothing is wrong with it."""
 
 
 @contextlib.contextmanager
 def reading(file):
-    """What goes wrong in here, with a file that a run left, becomes a ValueError that names the file."""
+    """What goes wrong in here, with a file that a run left, is refused with the file's name."""
     try:
         yield
+    except files.Refused:
+        raise
     except OSError as error:
-        raise ValueError(f"{file}: {error.strerror}") from None
+        raise files.Refused(f"{file}: {error.strerror}") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON ({error})") from None
+        raise files.Refused(f"{file} is not JSON ({error})") from None
     except (ArithmeticError, LookupError, AttributeError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not what a run writes ({error!r})") from None
+        raise files.Refused(f"{file} is not what a run writes ({error!r})") from None
 
 
 def table(summary):
     """The rows of a summary.json as text, a line a stage and one for the whole search."""
     lines = ["stage   MACs (M)  params (M)  accuracy (%)   seconds       kWh  CO2e (lb)"]
     for r in summary:
-        right = "-" if r["accuracy"] is None else f"{100 * r['accuracy']:.1f}"
-        lines.append(f"A{r['stage']:<6}{r['flops'] / 1e6:>9.2f} {r['params'] / 1e6:>11.3f} {right:>13} "
+        accuracy = "-" if r["accuracy"] is None else f"{100 * r['accuracy']:.1f}"
+        lines.append(f"A{r['stage']:<6}{r['flops'] / 1e6:>9.2f} {r['params'] / 1e6:>11.3f} {accuracy:>13} "
                      f"{r['seconds']:>9.1f} {r['kwh']:>9.5f} {r['co2e_lb']:>10.5f}")
     seconds, kwh, co2e = (sum(r[key] for r in summary) for key in ("seconds", "kwh", "co2e_lb"))
     return "\n".join([*lines, f"all    {'':>9} {'':>11} {'':>13} {seconds:>9.1f} {kwh:>9.5f} {co2e:>10.5f}"])
@@ -53,7 +57,7 @@ def measured(file):
     if not file.exists():
         return []
     with reading(file):
-        rows = [row for row in json.loads(file.read_text()) if row["accuracy"] is not None]
+        rows = [row for row in files.read_json(file, list) if row["accuracy"] is not None]
         for row in rows:
             counts = row["flops"], row["params"]
             if not (all(0 < n < math.inf for n in counts) and 0 <= row["accuracy"] <= 1):
@@ -72,12 +76,11 @@ def experiments(runs):
     for run in map(Path, runs):
         args = {"method": run.resolve().name, "run": str(run)}
         if (run / "args.json").exists():
-            with reading(run / "args.json"):
-                args = dict(json.loads((run / "args.json").read_text()))
+            args = files.read_json(run / "args.json")
         key = json.dumps({k: v for k, v in args.items() if k not in NO_SETTING}, sort_keys=True)
         twin = groups.setdefault(key, {}).setdefault(str(args.get("seed")), run)
         if twin is not run:
-            raise ValueError(f"{run} has the settings and the seed of {twin}: name one of them")
+            raise files.Refused(f"{run} has the settings and the seed of {twin}: name one of them")
     settings, labels = [json.loads(key) for key in groups], []
     for mine in settings:
         alike = [other for other in settings if all(other.get(k) == mine.get(k) for k in NAMED)]
@@ -117,52 +120,40 @@ def curves(runs):
     return lines, {name: np.array(points) for name, points in others.items()}
 
 
-def spread(points):
+def mean_std(points):
     """(mean, standard deviation) over the rows of (n, 3): that of a sample, with n - 1, so NaN of one row."""
     mean = points.mean(0)
     return mean, points.std(0, ddof=1) if len(points) > 1 else np.full_like(mean, np.nan)
 
 
 def networks(run):
-    """{"A0": blocks, ..} of A0.json .. in a run's folder, a dict a block, with more keys than in the file:
-
-    column, (its row in the paper's tables, its place there); kind, the operation without its kernel; five,
-    whether that is 5x5; expansion, hidden width over input width; pixels, a side of its output.
-    """
-    found = {}
+    """{"A0": its `Arch`, ..} of A0.json .. in a run's folder."""
+    archs = {}
     for file in sorted(Path(run).glob("A[0-4].json")):
         with reading(file):
-            arch, row, place, blocks = json.loads(file.read_text()), -1, 0, []
-            width, pixels = arch["stem"], (arch["resolution"] + 1) // 2
-            for b in arch["blocks"]:
-                row, place = (row, place + 1) if b["residual"] else (row + 1, 0)
-                pixels = (pixels + 1) // 2 if b["stride"] == 2 else pixels
-                blocks.append(b | {"column": (row, place), "kind": b["op"][5:], "pixels": pixels,
-                                   "five": OPS.index(b["op"]) % 2 == 1, "expansion": b["hidden"] / width})
-                width = b["out"]
-            found[file.stem] = blocks
-    if not any(found.values()):
+            archs[file.stem] = Arch.from_json(file.read_text())
+    if not archs:
         raise Missing(f"{run} has no networks A0.json, A1.json, ..")
-    return found
+    return archs
 
 
 def history(run):
     """{stage: [(step, blocks), ..]}: the probabilities in a run's log.jsonl; a dict a block, by choice."""
-    file, found = Path(run) / "log.jsonl", {}
+    file, stages = Path(run) / "log.jsonl", {}
     with reading(file):
         for row in map(json.loads, file.read_text().splitlines() if file.exists() else ()):
             for step, blocks in row.get("alphas", []):
                 for p in (p for block in blocks for p in block.values()):
-                    if min(p) < 0 or abs(sum(p) - 1) > 1e-3:
+                    if not (min(p) >= 0 and abs(sum(p) - 1) <= 1e-3):        # NaN is neither
                         raise ValueError(f"{p} are not probabilities")
-                if any(len(block["op"]) != len(OPS) for block in blocks):
-                    raise ValueError(f"not {len(OPS)} operations")
-                if not type(row["stage"]) is type(step) is int:
+                if any(len(block["op"]) != len(CANDIDATES) for block in blocks):
+                    raise ValueError(f"not {len(CANDIDATES)} operations")
+                if not type(row["stage"]) is type(step) is int or min(row["stage"], step) < 0:
                     raise ValueError(f"stage {row['stage']}, step {step}")
-                found.setdefault(row["stage"], {})[step] = blocks       # the last step may be there twice
-    if not found:
+                stages.setdefault(row["stage"], {})[step] = blocks      # the last step may be there twice
+    if not stages:
         raise Missing(f'no "alphas" in {file}: the run is older than they are, or was not searched')
-    return {stage: sorted(steps.items()) for stage, steps in sorted(found.items())}
+    return {stage: sorted(steps.items()) for stage, steps in sorted(stages.items())}
 
 
 def entropies(steps):

@@ -1,4 +1,4 @@
-"""SuperNet2SuperNet (Eqs. 1-3, Fig. 1): the larger supernet computes what the smaller one computed.
+"""SuperNet2SuperNet (Eqs. 1-3, Fig. 1): the larger supernet's largest network computes the same as before.
 
 The oracle is the smaller supernet itself: its logits, in eval mode, with batch-norm statistics, scales and
 shifts that are not trivial. What the equations say of single weights is checked on the maps f, which are read
@@ -14,7 +14,7 @@ from oracles import assert_same_logits, images, random_options, seeded, settle, 
 from torch import nn
 from torch.testing import assert_close
 
-from grow import WIDENINGS, channel_map, describe, grow, movement
+from grow import WIDENINGS, channel_map, consume, describe, grow, movement
 from space import SPACES
 from supernet import CHOICES, Draw, SuperNet
 
@@ -63,7 +63,7 @@ def inserted(old, new, path, g):
 
 
 @pytest.mark.parametrize("name, widen, stages", [
-    ("small", "eq3", 4), ("paper", "eq3", 1),
+    ("small", "eq3", 4), ("small", "split", 4), ("paper", "eq3", 1),
     pytest.param("paper", "eq3", 4, marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_the_grown_supernet_computes_the_same_at_its_largest(name, widen, stages, monkeypatch):
@@ -84,7 +84,7 @@ def test_the_grown_supernet_computes_the_same_at_its_largest(name, widen, stages
 def test_growth_is_as_exact_as_its_numbers():
     """In float64 nothing of the supernet is rounded to float32 on the way."""
     old, x = settle(SuperNet(SPACES["small"][2], 1, 10, seeded())).double().eval(), images(2, 1, 28).double()
-    for widen in ("eq3", "zero"):
+    for widen in ("eq3", "split", "zero"):
         new = grow(old, SPACES["small"][3], seeded(), widen)
         before, after = (net(x, net.path([(7, -1, -1)] * len(net.blocks))) for net in (old, new))
         assert after.dtype == torch.float64 and apart(after, before) < 1e-12
@@ -104,9 +104,10 @@ def test_zero_widening_preserves_every_sub_network(name):
 @torch.no_grad()
 def test_eq_3_alone_does_not_preserve_narrower_networks():
     """Why `zero` is there: a prefix has the divided weights, but lacks the copies."""
-    old, new = small()[2]
-    x, g, path = images(2, 3, 32, 50), seeded(), old.path([(0, -1, 0)] * 7)
-    assert apart(new(x, inserted(old, new, path, g)), old(x, path)) > 1e-2
+    for widen in ("eq3", "split"):
+        old, new = small(widen)[2]
+        x, g, path = images(2, 3, 32, 50), seeded(), old.path([(0, -1, 0)] * 7)
+        assert apart(new(x, inserted(old, new, path, g)), old(x, path)) > 1e-2
 
 
 @torch.no_grad()
@@ -147,12 +148,12 @@ def test_growth_is_a_function_of_its_generator():
 
 
 def test_another_widening_is_refused():
-    with pytest.raises(ValueError, match="'eq4', choose from eq3, zero, naive"):
+    with pytest.raises(ValueError, match="'eq4', choose from eq3, split, zero, naive"):
         grow(SuperNet(SPACES["small"][0], 1, 10), SPACES["small"][1], widen="eq4")
 
 
 @pytest.mark.parametrize("op", range(8))
-@pytest.mark.parametrize("widen", ["eq3", "zero"])
+@pytest.mark.parametrize("widen", ["eq3", "split", "zero"])
 def test_a_new_block_is_exactly_the_identity(op, widen):
     old, new = small(widen)[2]
     added = [after for before, after in counterparts(old, new) if before is None]
@@ -200,7 +201,9 @@ def test_architecture_parameters_are_inherited(widen):
         for before, after in counterparts(old, new):
             for name, alpha in after.alphas.items():
                 if before is None:
-                    assert torch.equal(alpha, torch.zeros(len(alpha)))              # uniform
+                    previous = new.blocks[list(new.blocks).index(after) - 1]
+                    start = previous.alphas[name] if name == "width" else torch.zeros(len(alpha))   # uniform
+                    assert torch.equal(alpha, start)
                     continue
                 known = before.alphas[name]
                 assert torch.equal(alpha[:len(known)], known)
@@ -210,9 +213,29 @@ def test_architecture_parameters_are_inherited(widen):
 def test_eq_1_keeps_old_channels_and_samples_the_new_ones():
     f = channel_map(8, 4000, seeded())
     assert f[:8].tolist() == list(range(8)) and f.dtype == torch.long and len(f) == 4000
-    counts = torch.bincount(f[8:], minlength=8).double()
-    assert len(counts) == 8 and ((counts - 499).square() / 499).sum() < 24.3    # chi-square, 7 degrees, 0.1 %
+    assert torch.bincount(f[8:]).tolist() == [499] * 8
     assert channel_map(8, 8, seeded()).tolist() == list(range(8))
+
+
+def test_no_channel_is_copied_twice_before_all_are_once():
+    counts = torch.zeros(8)
+    for seed in range(400):
+        f = channel_map(8, 19, seeded(seed))
+        assert sorted(f[8:16].tolist()) == list(range(8)) and len(set(f[16:].tolist())) == 3
+        counts += torch.bincount(f[16:], minlength=8)
+    assert ((counts - 150).square() / 150).sum() < 24.3             # chi-square, 7 degrees, 0.1 %
+
+
+def test_split_shares_are_random_positive_and_sum_to_one():
+    """For each output other ones, and for all of a channel's copies; what has no copy keeps its weight."""
+    f = torch.tensor([0, 1, 2, 0, 2, 0])
+    share = consume(torch.ones(50, 3, 1, 1), f, "split", seeded()).view(50, 6)
+    assert (share > 0).all() and (share[:, 1] == 1).all()
+    for channel, copies in ((0, 3), (2, 2)):
+        mine = share[:, f == channel]
+        assert mine.shape[1] == copies
+        assert_close(mine.sum(1), torch.ones(50))
+        assert (mine.std(0) > 0.1).all() and (mine.mean(0) - 1 / copies).abs().max() < 0.15
 
 
 def sources(old, new):
@@ -275,6 +298,37 @@ def test_copies_are_drawn_anew_for_every_candidate():
     maps = [tuple(sources(a.norm1.bias, b.norm1.bias).tolist())
             for a, b in zip(old.blocks[-1].candidates, new.blocks[-2].candidates)]
     assert len(maps[0]) > len(old.blocks[-1].candidates[0].norm1.bias) and len(set(maps)) == 8
+
+
+def train(net, steps=10):
+    """Train the largest network by gradient descent on random images."""
+    x, y, path = images(8, 1, 28), torch.arange(8), net.train().path([(0, -1, -1)] * len(net.blocks))
+    sgd = torch.optim.SGD(net.weights(), 0.05)
+    for _ in range(steps):
+        sgd.zero_grad()
+        nn.functional.cross_entropy(net(x, path), y).backward()
+        sgd.step()
+
+
+def twins(candidate):
+    """The share of hidden channels that do the same as another one, up to their size: cosines above 0.99."""
+    c, same = candidate, 1
+    for weight in (c.expand.weight, c.depthwise.weight, c.project.weight.transpose(0, 1)):
+        unit = nn.functional.normalize(weight.detach().flatten(1), dim=1)
+        same = same * (unit @ unit.T > 0.99)
+    return float((same.sum(1) > 1).float().mean())
+
+
+def test_uneven_shares_part_the_copies_and_equal_ones_do_not():
+    """Eq. 3 in equal shares leaves twins, which add nothing to the network however long it trains."""
+    old = settle(SuperNet(SPACES["small"][0], 1, 10, seeded()))
+    share = {}
+    for widen in ("eq3", "split"):
+        new = grow(old, SPACES["small"][1], seeded(), widen)
+        train(new)
+        share[widen] = twins(new.blocks[-1].candidates[0])
+    hidden, before = (net.blocks[-1].block.hidden(net.blocks[-2].block.widths[-1], -1) for net in (new, old))
+    assert share["eq3"] == pytest.approx(2 * (hidden - before) / hidden) and share["split"] < 0.05
 
 
 @torch.no_grad()

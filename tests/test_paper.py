@@ -1,17 +1,20 @@
-"""What is promised: the code is the paper's, and the paper's numbers are checked, not trusted.
+"""The code is the paper's, the paper's numbers are checked, and the documents name what exists.
 
 The oracle is the paper's own text, typed here a second time as it is printed: Tables 1-8, and the numbers of
-the abstract, the sections and the captions. They are held against the spaces, the cost model and the defaults
-of the scripts, and against one another. What does not hold is a test whose name ends in `_erratum`: it
-asserts what the paper prints, and the value that would hold. Figures 3-6 have no numbers in the text, so
-nothing of theirs is here.
+the text. They are compared with the spaces, the cost model and the defaults of the scripts, and with one
+another. A number that does not hold has a test whose name ends in `_erratum`: it asserts what the paper
+prints, and the value that would hold. PAPER.md lists each of these tests once, and the numbers that no test
+can check. The last section compares the documents with the source code.
 """
 from machinery import flags
 
 import argparse
+import ast
+import functools
 import itertools
 import random
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -326,25 +329,13 @@ def test_ours_are_the_most_accurate_of_their_groups():
                 if b.macs <= a.macs and b.top1 >= a.top1 and b != a]
 
 
-def test_fbnetv2_lies_above_the_line_through_ours_erratum():
-    """With the same FLOPs a network of ours would not beat FBNetV2-F4 and -L1: between A0, A1 and A2 the
-    straight line is at 75.93 % where F4 has 76.0 %, and at 77.15 % where L1 has 77.2 %. Only L2 lies below
-    it. Ours have 5.5 %, 13.5 % and 3.1 % more FLOPs than FBNetV2-F4, -L1 and -L2.
-    """
-    found = {}
-    for name, b in others("FBNetV2").items():
-        low, high = next((x, y) for x, y in itertools.pairwise(OURS) if x.macs <= b.macs <= y.macs)
-        found[name] = low.top1 + (high.top1 - low.top1) * (b.macs - low.macs) / (high.macs - low.macs)
-    assert {name: round(line, 2) for name, line in found.items()} == {
-        "FBNetV2-F4": 75.93, "FBNetV2-L1": 77.15, "FBNetV2-L2": 78.24}
-    assert [line > MODELS[name].top1 for name, line in found.items()] == [False, False, True]
-    more = [round(100 * (a.macs / b.macs - 1), 1) for a, b in zip(OURS[1:], others("FBNetV2").values())]
-    assert more == [5.5, 13.5, 3.1]
-
-
 def test_similar_to_fbnetv2():
-    """Abstract (c): "similar accuracy/FLOP results with the latest FBNetV2"."""
-    assert [gain(a, b) for a, b in zip(OURS[1:], others("FBNetV2").values())] == [0.4, 0.4, 0.3]
+    """Abstract (c): "similar accuracy/FLOP results with the latest FBNetV2". Ours are ahead, and dearer: the
+    table has no two networks of equal FLOPs.
+    """
+    pairs = list(zip(OURS[1:], others("FBNetV2").values()))
+    assert [gain(a, b) for a, b in pairs] == [0.4, 0.4, 0.3]
+    assert [round(100 * (a.macs / b.macs - 1), 1) for a, b in pairs] == [5.5, 13.5, 3.1]
 
 
 def test_efficientnet_b0():
@@ -361,27 +352,33 @@ def test_mobilenet_v3_at_similar_flops():
 
 
 def test_mobilenet_v3_large_at_comparable_size_erratum():
-    """Abstract (b): "2.4% higher accuracy than MobileNet-V3-Large with comparable model size". No two rows of
-    Table 3 differ by 2.4; next in size are A3 (7.2 M) and 1.2x (7.5 M), which differ by 2.2. It holds for A2
-    (5.8 M) over the unscaled MobileNetV3-Large, whose 75.2 % and 5.4 M (Howard et al. 2019) the paper does
-    not print; A2 costs 70 % more MACs than that.
+    """Abstract (b): "2.4% higher accuracy than MobileNet-V3-Large with comparable model size". No network of
+    ours leads a MobileNetV3-Large by 2.4 in Table 3; A3 (7.2 M) leads 1.2x (7.5 M), the nearest in size, by
+    2.2. It holds for A2 (5.8 M) over the unscaled MobileNetV3-Large, which the paper does not print: 75.2 %,
+    5.4 M and 219 M (Howard et al. 2019). A2 has 1.7 times its FLOPs.
     """
     assert 2.4 not in gains("MobileNetV3-large")
     assert gain(OURS[3], MODELS["MobileNetV3-large-1.2x"]) == 2.2
-    assert gain(OURS[2], Model(5.4, 219, 75.2)) == 2.4
-    macs, params = counted(mobilenet_v3_large)
-    assert (round(params / 1e6, 1), round(100 * (OURS[2].macs * 1e6 / macs - 1))) == (5.5, 70)
+    unscaled = Model(5.4, 219, 75.2)
+    assert gain(OURS[2], unscaled) == 2.4 and round(OURS[2].macs / unscaled.macs, 1) == 1.7
+    macs, params = counted(mobilenet_v3_large)                        # torchvision's: 217 M and 5.5 M
+    assert macs / 1e6 == pytest.approx(unscaled.macs, rel=0.015)
+    assert params / 1e6 == pytest.approx(unscaled.params, rel=0.02)
 
 
 def test_proxylessnas_at_similar_flops_erratum():
-    """Text: "4.3% .. over .. ProxylessNAS". No two rows differ by it; at similar FLOPs 3.0 and 3.3."""
+    """Text: "4.3% .. over .. ProxylessNAS". No network of ours leads one by 4.3; at similar FLOPs A2 leads R
+    by 3.0 and A3 leads G by 3.3.
+    """
     assert 4.3 not in gains("ProxylessNAS") and max(gains("ProxylessNAS")) == 4.1
     assert gain(OURS[2], MODELS["ProxylessNAS-R"]) == 3.0             # 369 M and 320 M
     assert gain(OURS[3], MODELS["ProxylessNAS-G"]) == 3.3             # 435 M and 465 M
 
 
 def test_mobilenet_v3_at_7_to_8_million_parameters_erratum():
-    """Text: "2.9% .. higher than MobileNetV3" at 7M~8M. No two rows differ by it; A3 and 1.2x by 2.2."""
+    """Text: "2.9% .. higher than MobileNetV3" at 7M~8M. No network of ours leads one by 2.9; A3 leads 1.2x,
+    the only one of that size, by 2.2.
+    """
     inside = [name for name, model in MODELS.items() if 7 <= model.params <= 8]
     assert inside == ["MobileNetV3-large-1.2x", "FBNetV2-L1", "AdaSearch-A3"]
     assert 2.9 not in gains("MobileNetV3")
@@ -429,22 +426,72 @@ def test_efficientnet_b0_is_torchvisions():
     (mobilenet_v2, {"width_mult": 1.4}, "MobileNetV2-1.4x", 6.1)], ids=["ShuffleNetV2", "MobileNetV2"])
 def test_parameters_of_other_networks_erratum(build, kwargs, name, would_hold):
     """Torchvision's networks have the FLOPs of these rows, and another number of parameters: 2.3 M for 2.1 M,
-    and 6.1 M for 8.9 M.
+    and 6.1 M for 8.9 M. The second row is scaled, by the caption in depth and width; torchvision's is only
+    wider.
     """
     macs, params = counted(build, **kwargs)
     assert macs / 1e6 == pytest.approx(MODELS[name].macs, rel=0.01)
     assert round(params / 1e6, 1) == would_hold != MODELS[name].params
 
 
+# FBNetV2's networks, as in its model zoo (github.com/facebookresearch/mobile-vision,
+# fbnet_modeldef_cls_fbnetv2.py): kernel, output width, stride, expansion, squeeze-excite. Kernel 0 is a 1x1
+# convolution where the width changes, and else nothing.
+F4 = ((3, 16, 1, 1, 0),
+      (5, 24, 2, 5.4566, 0), (5, 24, 1, 1.7912, 0), (5, 24, 1, 1.7912, 0),
+      (5, 32, 2, 5.3501, 1), (5, 32, 1, 3.5379, 1), (5, 32, 1, 4.5379, 1), (5, 32, 1, 4.5379, 1),
+      (5, 64, 2, 5.7133, 0), (3, 64, 1, 2.1212, 0), (0, 64, 1, 1, 0), (3, 104, 1, 5.0333, 0),
+      (5, 104, 1, 2.507, 1), (5, 104, 1, 1.7712, 1), (5, 112, 1, 3.7712, 1),
+      (3, 184, 2, 5.5685, 1), (5, 184, 1, 2.84, 1), (5, 184, 1, 4.8754, 1), (0, 224, 1, 1, 0))
+L2 = ((3, 16, 1, 1, 0),
+      (5, 24, 2, 5.4566, 0), (5, 24, 1, 1.7912, 0), (3, 24, 1, 1.7912, 0), (5, 24, 1, 1.7912, 0),
+      (5, 40, 2, 5.3501, 1), (5, 32, 1, 3.5379, 1), (5, 32, 1, 4.5379, 1), (5, 32, 1, 4.5379, 1),
+      (5, 64, 2, 5.7133, 0), (3, 64, 1, 2.1212, 0), (0, 64, 1, 1, 0), (3, 64, 1, 3.1246, 0),
+      (3, 112, 1, 5.0333, 0), (5, 112, 1, 2.507, 1), (5, 112, 1, 1.7712, 1), (5, 112, 1, 2.7712, 1),
+      (5, 112, 1, 3.7712, 1), (5, 112, 1, 3.7712, 1),
+      (3, 184, 2, 5.5685, 1), (5, 184, 1, 2.84, 1), (5, 184, 1, 2.84, 1), (5, 184, 1, 4.8754, 1),
+      (5, 184, 1, 4.8754, 1), (0, 224, 1, 1, 0))
+
+
+def multiple_of_8(x, least):
+    """The nearest multiple of 8, and 8 more if that is below `least` of x: MobileNets 0.9, FBNet 0.95."""
+    rounded = max(8, int(x + 4) // 8 * 8)
+    return rounded + 8 if rounded < least * x else rounded
+
+
+def fbnetv2(rows, pixels):
+    """(MACs, weights, batch norm and biases) of a network of the zoo."""
+    pixels, inputs = pixels // 2, 16
+    macs, weights, others = 27 * 16 * pixels ** 2, 27 * 16, 2 * 16                     # the stem
+    for kernel, out, stride, expansion, se in rows:
+        after, hidden = pixels // stride, multiple_of_8(inputs * expansion, 0.95)
+        layers = []                                              # (weights, pixels, batch norm or biases)
+        if kernel == 0:
+            layers += [(inputs * out, pixels, 2 * out)] if inputs != out else []
+        else:
+            layers += [(inputs * hidden, pixels, 2 * hidden)] if inputs != hidden else []
+            layers += [(hidden * kernel ** 2, after, 2 * hidden), (hidden * out, after, 2 * out)]
+            squeezed = multiple_of_8(hidden // 4, 0.95)
+            layers += [(hidden * squeezed, 1, squeezed), (hidden * squeezed, 1, hidden)] if se else []
+        macs += sum(w * p ** 2 for w, p, _ in layers)
+        weights, others = weights + sum(x[0] for x in layers), others + sum(x[2] for x in layers)
+        pixels, inputs = after, out
+    hidden, last = 6 * inputs, 1984                      # expand, mean over the image, 1x1, classifier
+    macs += inputs * hidden * pixels ** 2 + hidden * last + last * 1000
+    return (macs, weights + inputs * hidden + hidden * last + last * 1000, others + 2 * hidden + last + 1000)
+
+
 def test_parameters_of_fbnetv2_erratum():
-    """FBNetV2's own model zoo (github.com/facebookresearch/mobile-vision, fbnet_modeldef_cls_fbnetv2.py)
-    notes 6,994,824 parameters and 238.35 M MACs for F4, listed at 4.0 M, and 8,496,520 and 423.9 M for L2,
-    listed at 9.4 M (which is its count for dmasking_l3, of 753 M MACs). At 7.0 M F4 is no small model, and A1
-    leads those by 1.8 instead of 0.4.
+    """The zoo notes 6,994,824 parameters for F4, listed at 4.0 M, and 8,496,520 for L2, listed at 9.4 M. It
+    leaves out batch norm and biases: with them F4 has 7.02 M and L2 8.54 M. At 7.0 M F4 is no small model,
+    and A1 leads those by 1.8 instead of 0.4.
     """
-    for name, macs, params in (("FBNetV2-F4", 238.351984, 6.994824), ("FBNetV2-L2", 423.912768, 8.49652)):
-        assert macs == pytest.approx(MODELS[name].macs, rel=0.005)
-        assert abs(params - MODELS[name].params) > 0.8
+    for name, found, zoo, would_hold in (("FBNetV2-F4", fbnetv2(F4, 224), 6_994_824, 7.02),
+                                         ("FBNetV2-L2", fbnetv2(L2, 256), 8_496_520, 8.54)):
+        macs, weights, others = found
+        assert macs / 1e6 == pytest.approx(MODELS[name].macs, rel=0.005)
+        assert weights == zoo and round((weights + others) / 1e6, 2) == would_hold
+        assert abs(would_hold - MODELS[name].params) > 0.8
     assert gain(OURS[1], MODELS["FBNetV2-F4"]) == 0.4
     small = [model for name, model in MODELS.items() if 3.4 < model.params < 4.6 and name != "FBNetV2-F4"]
     assert min(gain(OURS[1], model) for model in small) == 1.8
@@ -530,6 +577,11 @@ def test_kwh_per_gpu_hour_is_not_constant_erratum():
     assert found == [26.64, 22.12, 25.92, 28.78, 32.11] and round(sum(found), 2) == 135.57
 
 
+def test_216_gpu_hours_are_one_search_and_l1_and_l2_are_three():
+    """Introduction: a typical search "takes 216 GPU hours on a small proxy dataset"."""
+    assert [row[1] for row in family("FBNetV2")] == [216, 3 * 216, 3 * 216]
+
+
 def test_two_thirds_fewer_than_fbnetv2():
     """Text: "two thirds fewer total GPU hours, energy, and CO2 emission". By 69.8 % each."""
     fewer = [1 - ours / theirs for ours, theirs in zip(TOTALS["AdaSearch"], TOTALS["FBNetV2"])]
@@ -539,7 +591,7 @@ def test_two_thirds_fewer_than_fbnetv2():
 
 def test_the_search_cost_grows_faster_than_linearly_erratum():
     """Text: "our total search cost increases linearly". A2, A3 and A4 cost 12.8, 9.6 and 11.2 GPU hours more
-    than the stage before, for 60 epochs each; a straight line through the totals misses A0's by 11.2 hours.
+    than the stage before, for 60 epochs each; the straight line through the five totals misses A0's by 11.2.
     """
     hours = [row[1] for row in family("AdaSearch")]
     assert [round(b - a, 1) for a, b in itertools.pairwise(hours[1:])] == [12.8, 9.6, 11.2]
@@ -566,7 +618,7 @@ def test_settings_of_the_search():
     1/6; lambda 0.5 to 0.05.
     """
     net = SuperNet(SPACES["small"][0], 1, 10)
-    sgd, adam = search.optimisers(net, argparse.Namespace(lr=0.3, weight_decay=0.2, alpha_lr=0.1))
+    sgd, adam = search.optimizers(net, argparse.Namespace(lr=0.3, weight_decay=0.2, alpha_lr=0.1))
     for optimiser, kind, parameters in ((sgd, torch.optim.SGD, net.weights()),
                                         (adam, torch.optim.Adam, net.alphas())):
         group, = optimiser.param_groups
@@ -585,7 +637,102 @@ def test_settings_of_training():
 
 
 def test_hidden_widths_are_multiples_of_8():
-    """Where the paper is silent: 0.75 x 12 channels are 9. Hidden widths go to the nearest multiple of 8."""
-    widths = {e * w for space in SPACES["paper"] for a, b in itertools.pairwise(space.blocks)
-              for w in a.widths for e in b.expansions}
-    assert any(w % 8 for w in widths) and all(round8(w) % 8 == 0 and abs(round8(w) - w) <= 4 for w in widths)
+    """Where the paper is silent: 0.75 x 12 channels are 9. Hidden widths go to the nearest multiple of 8. The
+    MobileNets add 8 where that is below 90 %, FBNet below 95 %: in A0, 5 and 7 of 500 widths would be others.
+    """
+    def widths(space):
+        inputs = [(space.stem,), *(b.widths for b in space.blocks)]
+        return [e * w for before, b in zip(inputs, space.blocks) if b.expand
+                for w in before for e in b.expansions]
+    for space in SPACES["paper"]:
+        assert all(round8(w) % 8 == 0 and abs(round8(w) - w) <= 4 for w in widths(space))
+    a0 = widths(SPACES["paper"][0])
+    assert len(a0) == 500
+    assert [sum(multiple_of_8(w, least) != round8(w) for w in a0) for least in (0.9, 0.95)] == [5, 7]
+
+
+# ---- the documents
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = "README.md", "PAPER.md", "tests/README.md"
+NAME = re.compile(r"\[`([\w.]+)`\]\(([\w/.]+\.py)\)")                     # [`SuperNet.sample`](supernet.py)
+FOREIGN = {"--help", "--nnodes", "--nproc_per_node", "--rdzv-backend", "--rdzv-endpoint"}     # torchrun's
+
+
+def read(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def section(document, title):
+    """The text below a heading, up to the next one of the same depth."""
+    text = read(document)
+    assert text.count(f"\n## {title}\n") == 1, f"{document} has no section {title}"
+    return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+@functools.cache
+def defined(path):
+    """All names that a source file defines at its top level, and `Class.method`."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign):
+            names |= {x.id for target in node.targets for x in ast.walk(target) if isinstance(x, ast.Name)}
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+            names |= {f"{node.name}.{x.name}" for x in node.body if isinstance(x, ast.FunctionDef)}
+    return names
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_name_and_file_in_a_document_exists(document):
+    folder = (ROOT / document).parent
+    links = re.findall(r"\]\(([^)#:]+)\)", read(document))
+    missing = [link for link in links if not (folder / link).exists()]
+    missing += [f"{name} in {file}" for name, file in NAME.findall(read(document))
+                if (folder / file).exists() and name not in defined(folder / file)]
+    assert not missing
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_flag_in_a_document_exists(document):
+    folders = ROOT, ROOT / "machinery", ROOT / "tests", ROOT / "classroom"
+    source = "".join(path.read_text() for folder in folders for path in folder.glob("*.py"))
+    flags_named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", read(document))) - FOREIGN
+    assert not {flag for flag in flags_named if f'"{flag}"' not in source}
+
+
+def test_every_row_of_the_map_names_code_and_a_test():
+    rows = [line.split(" | ") for line in section("PAPER.md", "The reader's map").splitlines()
+            if line.startswith("| ")][1:]
+    assert len(rows) > 20
+    for paper, code, test in rows:
+        assert code.strip() == "" or NAME.search(code), paper
+        tests = NAME.findall(test)
+        assert tests and all(name.startswith("test_") for name, _ in tests), paper
+
+
+def test_errata_are_tests_one_to_one():
+    """Every bullet of the errata ends in the name of its own test, and every `_erratum` has a bullet."""
+    bullets = re.findall(r"^- .*(?:\n  .*)*", section("PAPER.md", "Errata"), re.MULTILINE)
+    listed = [name for bullet in bullets for name, _ in NAME.findall(bullet)]
+    assert len(listed) == len(bullets) == len(set(listed))
+    assert set(listed) == {name for name in defined(Path(__file__)) if name.endswith("_erratum")}
+
+
+def test_the_readme_shows_the_search_as_it_is():
+    """The README's code block is the function `search` of search.py, to the letter."""
+    source = read("search.py")
+    search_, = (n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == "search")
+    blocks = re.findall(r"```python\n(.*?)```", read("README.md"), re.DOTALL)
+    assert ast.get_source_segment(source, search_) + "\n" in blocks
+
+
+def test_the_readme_has_a_line_for_each_file():
+    listed = re.findall(r"^\| `(\w+\.py)` \|", section("README.md", "The files"), re.MULTILINE)
+    assert sorted(listed) == sorted(path.name for path in ROOT.glob("*.py"))
+
+
+def test_the_readme_is_short_and_finished():
+    text = read("README.md")
+    assert len(text.splitlines()) <= 200
+    assert not re.findall(r"@@.*?@@", text)                           # numbers that are still to be filled in

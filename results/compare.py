@@ -1,0 +1,317 @@
+"""Does the search find? Searched networks beside random ones of the same MACs, all trained alike.
+
+    python results/compare.py length          # how long a training tells networks apart, and not seeds
+    python results/compare.py find            # searched, random, largest and by-hand networks of A0..A4
+    python results/compare.py rank            # does the supernet rank networks as training does?
+    python results/compare.py table           # what the rows say: means, intervals, Kendall's tau
+
+Every network is trained by train.py's recipe on 5/6 of the training images, and its accuracy is on the other
+1/6, which no weight has learnt from; no test image is touched. A finished network is a row of networks.jsonl,
+a finished search a row a stage of searches.jsonl; what has a row is not done again, so that any call goes on
+where the last one ended. As many networks train at once as there are cores, on one thread each (--jobs).
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from machinery import flags
+from machinery.run import Run
+
+import argparse
+import concurrent.futures
+import fcntl
+import functools
+import itertools
+import json
+import multiprocessing
+import os
+import time
+
+import numpy as np
+import torch
+
+import data
+import flops
+import search
+import train
+from budget import viterbi
+from derive import evaluate, evaluate_derived, open_supernet
+from network import Network
+from ops import initialise
+from space import CANDIDATES, SPACES, Arch, ArchBlock
+
+HERE = Path(__file__).parent
+NETWORKS, SEARCHES, RANKS = (HERE / f"{name}.jsonl" for name in ("networks", "searches", "ranks"))
+EPOCHS = 10                     # of a network, by `length`
+DRAWN, TRAINED = 100, 101       # what is drawn: with stage and number it seeds a generator
+# Student's t at 97.5 % for 1, 2, .. degrees of freedom, from the usual tables
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+        2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+        2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+
+
+def rows(file):
+    """The rows of a .jsonl file, none if it is not there."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def add(file, row):
+    """Append a row to a .jsonl file, whole, also beside other processes."""
+    with open(file, "a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        handle.write(json.dumps(row) + "\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+# ------------------------------------------------------------------ networks that are compared
+
+@functools.cache
+def space_of(stage):
+    """(space, its costs in MACs, in parameters) of the small space on Fashion-MNIST."""
+    space = SPACES["small"][stage]
+    return space, *(flops.costs(space, 1, 10, cost) for cost in ("macs", "params"))
+
+
+def arch_of(space, options):
+    """The `Arch` of one (operation, expansion, width) a block, as indices."""
+    blocks, width = [], space.stem
+    for block, (op, expansion, out) in zip(space.blocks, options, strict=True):
+        blocks.append(ArchBlock(list(CANDIDATES)[op], block.hidden(width, expansion), block.widths[out],
+                                block.stride, block.residual, block.expand))
+        width = block.widths[out]
+    return Arch(space.name, space.stage, space.resolution, 1, 10, space.stem, space.head, tuple(blocks))
+
+
+def random_networks(stage, count):
+    """`count` networks drawn uniformly from the options of a stage's space, at most 3 % below its target."""
+    space, target, found = space_of(stage)[0], flops.TARGETS["small"][stage], []
+    for n in itertools.count():
+        if len(found) == count:
+            return found
+        g = data.generator(DRAWN, stage, n)
+        options = [[int(torch.randint(size, (1,), generator=g))
+                    for size in (8, len(b.expansions), len(b.widths))] for b in space.blocks]
+        arch = arch_of(space, options)
+        if 0.97 * target <= flops.macs(arch) <= target:
+            found.append(arch)
+
+
+def largest(stage):
+    """The network with the most parameters within the target's MACs: by bisection on a price of MACs."""
+    (space, macs, params), target = space_of(stage), flops.TARGETS["small"][stage]
+    zeros = [tuple(torch.zeros(n, dtype=torch.float64) for n in table.shape[1:]) for table in macs.blocks]
+
+    def at(price):
+        table = flops.Costs(0.0, [price * m - p for m, p in zip(macs.blocks, params.blocks)],
+                            price * macs.head - params.head)
+        return arch_of(space, viterbi(zeros, table, 1.0)[0])
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (low, middle) if flops.macs(at(middle)) <= target else (middle, high)
+    return at(high)
+
+
+def by_hand(stage):
+    """ir_k3_se_hs everywhere, expansions and widths at one height of their ranges, the highest that fits."""
+    space, best = space_of(stage)[0], None
+    for height in np.linspace(0, 1, 101):
+        options = [(6, round(height * (len(b.expansions) - 1)), round(height * (len(b.widths) - 1)))
+                   for b in space.blocks]
+        arch = arch_of(space, options)
+        best = arch if flops.macs(arch) <= flops.TARGETS["small"][stage] else best
+    return best
+
+
+# ------------------------------------------------------------------ what takes time
+
+@functools.cache
+def loader_of(batch_size):
+    """(loader of Fashion-MNIST's training images, its 5/6 and 1/6 by split 0)."""
+    images = data.load("fashion", "train")
+    parts = data.split(images.labels, 0)
+    return images.loader(images.statistics(parts[0]), batch_size), parts
+
+
+def train_network(arch_json, seed, epochs):
+    """A row of networks.jsonl: a network trained with a seed for so many epochs."""
+    torch.set_num_threads(1)
+    arch = Arch.from_json(arch_json)
+    args = train.parser().parse_args(["-", "--epochs", str(epochs), "--seed", str(seed)])
+    args = train.completed(args, arch, f"A{arch.stage}", torch.device("cpu"))
+    loader, parts = loader_of(args.batch_size)
+    network, clock = Network(arch), time.perf_counter()
+    initialise(network, data.generator(seed, arch.stage, train.INITIAL))
+    run = Run(None, {}, torch.device("cpu"), most_skipped=0)
+    train.train(network, arch.stage, loader, parts[0], lambda network: 0.0, args, run)
+    accuracy = evaluate(network, loader, parts[1])
+    return {"stage": arch.stage, "seed": seed, "epochs": epochs, "accuracy": accuracy, "flops": flops.macs(arch),
+            "params": flops.params(arch), "seconds": time.perf_counter() - clock, "arch": arch_json}
+
+
+def run_search(folder, seed, flags_of_search):
+    """A search with a seed into a folder; the rows of its stages."""
+    torch.set_num_threads(1)
+    out = Path(folder) / f"seed{seed}"
+    search.main(["--seed", str(seed), "--out", str(out), "--resume", *flags_of_search])
+    return [row | {"seed": seed, "flags": flags_of_search, "arch": (out / f"A{row['stage']}.json").read_text()}
+            for row in json.loads((out / "summary.json").read_text())]
+
+
+def side_by_side(jobs, tasks):
+    """Call the tasks (function, arguments, what is done with its result), in order, in `jobs` processes."""
+    with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        running = {pool.submit(function, *arguments): done for function, arguments, done in tasks}
+        for future in concurrent.futures.as_completed(running):
+            running[future](future.result())
+
+
+def train_all(wanted, jobs):
+    """Train all of `wanted`, (kind, number, Arch, seed, epochs), that have no row in networks.jsonl yet."""
+    known = {(row["kind"], row["number"], row["arch"], row["seed"], row["epochs"]) for row in rows(NETWORKS)}
+    tasks = []
+    for kind, number, arch, seed, epochs in wanted:
+        text = arch.to_json()
+        if (kind, number, text, seed, epochs) not in known:
+            def done(row, kind=kind, number=number):
+                add(NETWORKS, {"kind": kind, "number": number} | row)
+                print(f"A{row['stage']} {kind} {number}, seed {row['seed']}, {row['epochs']} epochs: "
+                      f"{100 * row['accuracy']:.2f} %, {row['seconds']:.0f} s", flush=True)
+            tasks.append((train_network, (text, seed, epochs), done))
+    side_by_side(jobs, tasks)
+
+
+def search_all(seeds, folder, more, jobs):
+    """Search with those seeds that have no rows in searches.jsonl with these flags yet."""
+    known = {(row["seed"], *row["flags"]) for row in rows(SEARCHES)}
+
+    def done(found):
+        for row in found:
+            add(SEARCHES, row)
+    side_by_side(jobs, [(run_search, (folder, seed, more), done) for seed in seeds
+                        if (seed, *more) not in known])
+
+
+# ------------------------------------------------------------------ the questions
+
+def length(args):
+    """For 6 random networks a stage and 3 seeds: the deviation between networks beside that between seeds."""
+    train_all([("random", n, arch, seed, epochs) for epochs in (3, 6, 10, 20) for stage in args.stages
+               for n, arch in enumerate(random_networks(stage, 6)) for seed in range(3)], args.jobs)
+
+
+def find(args):
+    """All kinds of networks of each stage, trained to the length that `length` chose."""
+    search_all(range(args.searches), args.runs, args.flags, args.jobs)
+    found = [row for row in rows(SEARCHES) if row["flags"] == args.flags and row["seed"] < args.searches]
+    wanted = []
+    for number in range(max(args.searches, args.draws)):                    # so that all kinds grow together
+        for stage in args.stages:
+            if number < args.draws:
+                arch = random_networks(stage, number + 1)[number]
+                wanted.append(("random", number, arch, 0, args.epochs))
+            wanted += [("searched", number, Arch.from_json(row["arch"]), 0, args.epochs) for row in found
+                       if (row["seed"], row["stage"]) == (number, stage)]
+            if number == 0:
+                wanted += [(kind, 0, make(stage), 0, args.epochs)
+                           for kind, make in (("largest", largest), ("by hand", by_hand))]
+    train_all(wanted, args.jobs)
+
+
+def rank(args):
+    """Accuracy with the supernet's weights of 24 random networks a stage, which are trained with two seeds."""
+    known = {(row["stage"], row["arch"]) for row in rows(RANKS)}
+    for stage in args.stages:
+        supernet = open_supernet(Path(args.runs) / "seed0", stage)
+        for n, arch in enumerate(random_networks(stage, 24)):
+            if (stage, arch.to_json()) not in known:
+                loader, parts = loader_of(128)
+                accuracy = evaluate_derived(arch, supernet, loader, parts, 0, stage, TRAINED)[1]
+                add(RANKS, {"stage": stage, "number": n, "accuracy": accuracy, "arch": arch.to_json()})
+    train_all([("random", n, arch, seed, args.epochs) for stage in args.stages
+               for n, arch in enumerate(random_networks(stage, 24)) for seed in (0, 1)], args.jobs)
+
+
+# ------------------------------------------------------------------ what the rows say
+
+def interval(one, other):
+    """Difference of two means, and half of its 95 % interval (Welch's)."""
+    a, b = (np.var(x, ddof=1) / len(x) for x in (one, other))
+    degrees = int((a + b) ** 2 / (a ** 2 / (len(one) - 1) + b ** 2 / (len(other) - 1)))
+    return np.mean(one) - np.mean(other), T975[min(max(degrees, 1), len(T975)) - 1] * (a + b) ** 0.5
+
+
+def kendall(one, other):
+    """Kendall's tau-b of two lists of numbers."""
+    one, other = (np.sign(np.subtract.outer(x, x))[np.triu_indices(len(x), 1)] for x in (one, other))
+    return float((one * other).sum() / np.sqrt((one ** 2).sum() * (other ** 2).sum()))
+
+
+def kendall_interval(one, other, resamples=2000):
+    """(tau, low, high): with the 95 % interval by bootstrap over networks."""
+    generator, one, other = np.random.default_rng(0), np.asarray(one), np.asarray(other)
+    drawn = [generator.integers(len(one), size=len(one)) for _ in range(resamples)]
+    return kendall(one, other), *np.nanpercentile([kendall(one[i], other[i]) for i in drawn], (2.5, 97.5))
+
+
+def table(args):
+    """What the rows say, as text."""
+    trained = rows(NETWORKS)
+    print("How long to train: deviation between networks' means, and between seeds of a network, in points")
+    for stage, epochs in itertools.product(args.stages, (3, 6, 10, 20)):
+        by = {}
+        for row in trained:
+            if (row["stage"], row["epochs"], row["kind"]) == (stage, epochs, "random") and row["number"] < 6:
+                by.setdefault(row["number"], []).append(100 * row["accuracy"])
+        full = [x for x in by.values() if len(x) >= 3]
+        if len(full) > 1:
+            seeds = np.mean([np.var(x, ddof=1) for x in full]) ** 0.5
+            networks = np.std([np.mean(x) for x in full], ddof=1)
+            print(f"A{stage} {epochs:>3} epochs: networks {networks:.2f}, seeds {seeds:.2f} (n = {len(full)})")
+    print(f"\nAfter {args.epochs} epochs, training seed 0, accuracy on the architecture part in %")
+    for stage in args.stages:
+        kinds = {}
+        for row in trained:
+            if (row["stage"], row["epochs"], row["seed"]) == (stage, args.epochs, 0):
+                kinds.setdefault(row["kind"], []).append(100 * row["accuracy"])
+        text = f"A{stage}"
+        for kind, values in sorted(kinds.items()):
+            deviation = f" +- {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+            text += f"  {kind} {np.mean(values):.2f}{deviation} (n = {len(values)})"
+        if min(len(kinds.get(kind, ())) for kind in ("searched", "random")) > 1:
+            difference, half = interval(kinds["searched"], kinds["random"])
+            text += (f"  searched - random {difference:+.2f} +- {half:.2f}, "
+                     f"relative {100 * difference / np.mean(kinds['random']):+.2f} %")
+        print(text)
+    print("\nKendall's tau of random networks with their accuracy after training, and its 95 % interval")
+    for stage in args.stages:
+        means, other, params = ({row["arch"]: row[key] for row in trained
+                                 if (row["stage"], row["epochs"], row["kind"], row["seed"])
+                                 == (stage, args.epochs, "random", seed)}
+                                for key, seed in (("accuracy", 0), ("accuracy", 1), ("params", 0)))
+        ranked = {row["arch"]: row["accuracy"] for row in rows(RANKS) if row["stage"] == stage}
+        for what, values in (("supernet", ranked), ("another seed", other), ("parameters", params)):
+            both = sorted(set(means) & set(values))
+            if len(both) > 4:
+                tau, low, high = kendall_interval([means[a] for a in both], [values[a] for a in both])
+                print(f"A{stage} {what}: {tau:+.2f} [{low:+.2f}, {high:+.2f}] (n = {len(both)})")
+
+
+def main(argv=None):
+    p = flags.Parser("compare.py", __doc__)
+    p.add_argument("question", choices=("length", "find", "rank", "table"))
+    p.add_argument("--stages", type=int, nargs="+", default=list(range(5)), metavar="K", help="(all)")
+    p.add_argument("--searches", type=int, default=8, help="search seeds 0, 1, .. (8)")
+    p.add_argument("--draws", type=int, default=8, help="random networks a stage (8)")
+    p.add_argument("--epochs", type=int, default=EPOCHS, help=f"of a network ({EPOCHS})")
+    p.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (as many as cores)")
+    p.add_argument("--runs", default=str(HERE / "runs"), help="folder of the searches")
+    p.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="all that follows goes to search.py")
+    args = p.parse_args(argv)
+    {"length": length, "find": find, "rank": rank, "table": table}[args.question](args)
+
+
+if __name__ == "__main__":
+    main()
