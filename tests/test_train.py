@@ -1,32 +1,97 @@
-"""Training and exporting derived networks, on the `fake` patterns, and the command lines of train.py and
-derive.py.
+"""Training a network: by the recipe, step for step; again, and on, to the same bits; exported; and what
+train.py and derive.py do with a run.
 
-The oracle is a second run, a reloaded program, or the files that must be there.
+The oracles: the recipe written out, gradients by autograd and every update by its formula; a second run, a
+reloaded program, or the files that must be there.
 """
 from machinery import files, latency
+from machinery.run import Run
 
+import argparse
+import copy
 import json
+import math
 import re
 import types
 
 import pytest
-import recipe
+import tiny
 import torch
-from oracles import without_norm
+from oracles import TINY, chosen, seeded, without_norm
 
 import data
 import derive
 import search
 import train
-from space import Arch
+from network import Network
+from ops import initialise
+from space import SPACES, Arch
+from supernet import SuperNet
 
-FAST = ["--data", "fake", "--epochs", "2", "--device", "cpu"]
+FAST = ["--data", "fake", "--epochs", "2", "--batch-size", "32", "--device", "cpu"]  # seven steps an epoch
+PLAIN = {"name": "tiny", "epochs": 2, "batch_size": 16, "accumulate": 1, "lr": 0.3, "weight_decay": 0.0,
+         "smoothing": 0.0, "dropout": 0.0, "ema": 0.0, "autocast": False, "seed": 3, "checkpoint_every": 500}
+pytestmark = pytest.mark.usefixtures("tiny_world")
+
+
+def rate(step, steps, peak):
+    """Linear over the first 5 %, then a cosine to zero."""
+    at = (step + 1) / steps
+    return peak * min(at / 0.05, (1 + math.cos(math.pi * at)) / 2)
+
+
+def by_hand(network, loader, index, args):
+    """What `train` should return of a copy of `network`."""
+    steps = args.epochs * (len(index) // args.batch_size)
+    batches = loader.shuffled(index, args.seed, TINY.stage, train.BATCHES)
+    speed, average = {}, copy.deepcopy(network).state_dict()
+    network.train()
+    for step in range(steps):
+        x, y = next(batches)
+        network.zero_grad()
+        log_p = network(x).log_softmax(1)
+        hard, even = log_p[torch.arange(len(y)), y], log_p.mean(1)
+        (-(1 - args.smoothing) * hard - args.smoothing * even).mean().backward()
+        with torch.no_grad():
+            for name, p in network.named_parameters():
+                g = p.grad + (args.weight_decay * p if p.dim() > 1 else 0)    # of weight matrices alone
+                speed[name] = g if step == 0 else 0.9 * speed[name] + g
+                p -= rate(step, steps, args.lr) * (g + 0.9 * speed[name])     # Nesterov's
+            decay = min(args.ema, (1 + step) / (10 + step)) if step else 0.0  # begins with the first step's
+            for name, tensor in network.state_dict().items():
+                average[name] = decay * average[name] + (1 - decay) * tensor
+    return average
+
+
+@pytest.mark.parametrize("more", [
+    {}, {"smoothing": 0.3}, {"weight_decay": 0.1}, {"ema": 0.15}, {"ema": 0.95},
+    {"smoothing": 0.1, "weight_decay": 0.05, "ema": 0.9}], ids=str)
+def test_a_network_is_trained_by_the_recipe(more):
+    images = data.fake(80, (5,), size=16)
+    index, args = torch.arange(80), argparse.Namespace(**PLAIN | more)
+    loader = data.Loader(images, images.statistics(index), args.batch_size, torch.device("cpu"))
+    network = Network(chosen(TINY, [(0, 0, 0), (7, 1, 1), (4, 2, 1)]), args.dropout).double()
+    initialise(network, seeded())
+    loader.mean, loader.std = loader.mean.double(), loader.std.double()
+    wanted = by_hand(copy.deepcopy(network), loader, index, args)
+    tested, run = [], Run(None, {}, torch.device("cpu"))
+    found = train.train(network, TINY.stage, loader, index, lambda net: tested.append(net) or 0.25, args, run)
+    for name, tensor in found.state_dict().items():
+        torch.testing.assert_close(tensor, wanted[name].to(tensor.dtype), rtol=1e-6, atol=1e-9, msg=name)
+    assert [(row["epoch"], row["accuracy"]) for row in run.state["rows"]] == [(0, 0.25), (1, 0.25)]
+    assert tested == [found] * 2
+
+
+def test_learning_rate_warms_up_and_ends_at_zero():
+    rates = [train.learning_rate(0.2, step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.04) and rates[-1] == pytest.approx(0, abs=1e-9)
+    assert max(rates) <= 0.2 and rates[5:] == sorted(rates[5:], reverse=True)
 
 
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory):
+def searched(tiny_world, tmp_path_factory):
     out = tmp_path_factory.mktemp("searched") / "run"
-    search.main(["--data", "fake", "--stages", "2", "--epochs", "0.3", "--device", "cpu", "--out", str(out)])
+    search.main([*tiny.SHORT, "--stages", "2", "--out", str(out)])
     return out
 
 
@@ -51,27 +116,8 @@ def test_a_run_is_trained_and_the_same_seed_repeats_it(searched, tmp_path):
         one, other = (torch.load(tmp_path / name / f"A{stage}.trained.pt",
                                  weights_only=True) for name in "ab")
         assert all(torch.equal(one[key], other[key]) for key in one)
-        network = derive.Network(Arch.from_json((searched / f"A{stage}.json").read_text()))
+        network = Network(Arch.from_json((searched / f"A{stage}.json").read_text()))
         network.load_state_dict(one)
-
-
-def test_training_goes_on_from_the_last_epoch(searched, tmp_path, monkeypatch):
-    arch = str(searched / "A0.json")
-    train.main([arch, *FAST, "--out", str(tmp_path / "whole"), "--ema", "0.9"])
-    accuracy, calls = recipe.accuracy, []
-
-    def killed(*args):
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return accuracy(*args)
-    monkeypatch.setattr(recipe, "accuracy", killed)
-    with pytest.raises(KeyboardInterrupt):
-        train.main([arch, *FAST, "--out", str(tmp_path / "cut"), "--ema", "0.9"])
-    monkeypatch.undo()
-    train.main([arch, *FAST, "--out", str(tmp_path / "cut"), "--ema", "0.9", "--resume"])
-    assert trained(tmp_path / "whole") == trained(tmp_path / "cut")
-    assert not (tmp_path / "cut" / "A0.last.pt").exists()
 
 
 def test_pieces_of_a_batch_train_as_the_whole(searched, tmp_path, monkeypatch):
@@ -80,7 +126,7 @@ def test_pieces_of_a_batch_train_as_the_whole(searched, tmp_path, monkeypatch):
             "--batch-size", "240"]
     for pieces in ("1", "3"):
         train.main([*argv, "--accumulate", pieces, "--out", str(tmp_path / pieces)])
-    whole, other = (files.load(tmp_path / pieces / "A0.trained.pt") for pieces in ("1", "3"))
+    whole, other = (files.load_checkpoint(tmp_path / pieces / "A0.trained.pt") for pieces in ("1", "3"))
     for name, tensor in whole.items():
         torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-5)
 
@@ -89,7 +135,7 @@ def test_inherited_weights_are_the_supernets(searched):
     arch = Arch.from_json((searched / "A1.json").read_text())
     args = train.parser().parse_args([str(searched), "--init", "inherit", "--dropout", "0"])
     network, supernet = train.initial(arch, args, searched), derive.open_supernet(searched, 1)
-    wanted = derive.inherit(derive.Network(arch), supernet).state_dict()
+    wanted = derive.inherit(Network(arch), supernet).state_dict()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in network.state_dict().items())
 
 
@@ -130,7 +176,7 @@ def test_an_onnx_file_computes_the_same(searched, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     file = tmp_path / "net.onnx"
     train.main([str(searched / "A1.json"), *FAST, "--out", str(tmp_path), "--export", str(file)])
-    network = derive.Network(Arch.from_json((searched / "A1.json").read_text())).eval()
+    network = Network(Arch.from_json((searched / "A1.json").read_text())).eval()
     network.load_state_dict(torch.load(tmp_path / "A1.trained.pt", weights_only=True))
     session = onnxruntime.InferenceSession(file)
     for n in (1, 3):                                                                   # any number of images
@@ -143,7 +189,7 @@ def test_an_onnx_file_computes_the_same(searched, tmp_path):
 def test_an_exported_program_computes_the_same_without_this_code(searched, tmp_path):
     train.main([str(searched / "A0.json"), *FAST, "--out", str(tmp_path), "--export",
                 str(tmp_path / "net.pt2")])
-    network = derive.Network(Arch.from_json((searched / "A0.json").read_text())).eval()
+    network = Network(Arch.from_json((searched / "A0.json").read_text())).eval()
     network.load_state_dict(torch.load(tmp_path / "A0.trained.pt", weights_only=True))
     x = torch.rand(3, 1, 28, 28, generator=data.generator(0))
     with torch.no_grad():
@@ -152,8 +198,8 @@ def test_an_exported_program_computes_the_same_without_this_code(searched, tmp_p
 
 
 def test_a_program_that_computes_something_else_leaves_no_file(searched, tmp_path, monkeypatch):
-    network = derive.Network(Arch.from_json((searched / "A0.json").read_text()))
-    other = derive.Network(network.arch).eval()
+    network = Network(Arch.from_json((searched / "A0.json").read_text()))
+    other = Network(network.arch).eval()
     program = types.SimpleNamespace(module=lambda: other)
     monkeypatch.setattr(torch.export, "load", lambda file: program)
     with pytest.raises(files.Refused, match=f"the logits of {tmp_path}/net.pt2 differ by"):
@@ -180,7 +226,7 @@ def test_validation_is_on_the_architecture_part_of_the_search(searched, tmp_path
     _, _, index, _, test_index, *_ = seen[0]
     assert torch.equal(index, part[0]) and torch.equal(test_index, part[1])
     monkeypatch.undo()
-    monkeypatch.setattr(recipe.processes, "pending_signal", lambda caught: 15)
+    monkeypatch.setattr(train.processes, "pending_signal", lambda caught: 15)
     with pytest.raises(SystemExit):
         train.main([str(tmp_path / "A0.json"), "--validate", "--device", "cpu"])
     assert "after step 1; nothing is kept of a --validate" in capsys.readouterr().out
@@ -199,7 +245,7 @@ def test_inherited_weights_are_of_a_network_that_the_supernet_has(searched, tmp_
 
 def test_a_piece_of_one_pixel_is_refused(tmp_path, capsys):
     with torch.device("meta"):
-        net = search.SuperNet(search.SPACES["paper"][0], 1, 10)
+        net = SuperNet(SPACES["paper"][0], 1, 10)
     (tmp_path / "A0.json").write_text(derive.arch(net, [(0, 0, 0)] * len(net.blocks)).to_json())
     refused(train.main, [str(tmp_path / "A0.json"), "--data", "fake", "--batch-size", "1"],
             "a piece of one image, of which A0 leaves one pixel", capsys)
@@ -285,68 +331,83 @@ def test_the_front_reaches_from_the_cheapest_to_the_dearest(searched, tmp_path):
         assert 0 <= row["accuracy"] <= 1
 
 
-def test_a_stopped_training_goes_on_within_its_epoch(searched, tmp_path, monkeypatch, capsys):
-    arch, more = str(searched / "A0.json"), ["--ema", "0.9", "--dropout", "0.2"]
-    train.main([arch, *FAST, *more, "--out", str(tmp_path / "whole")])
-    heard, looks = recipe.processes.pending_signal, []
-    monkeypatch.setattr(recipe.processes, "pending_signal",
-                        lambda caught: looks.append(1) or (2 if len(looks) == 24 else 0))
-    with pytest.raises(SystemExit) as stopped:
-        train.main([arch, *FAST, *more, "--out", str(tmp_path / "cut")])
-    monkeypatch.setattr(recipe.processes, "pending_signal", heard)
-    assert stopped.value.code == 130 and "stopped in epoch 1 of A0, after step 6;" in capsys.readouterr().out
-    saved = torch.load(tmp_path / "cut" / "A0.last.pt", weights_only=True)
-    assert (len(saved["rows"]), saved["step"]) == (1, 6)
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "load", lambda name, part: data.fake(1201, (0,)))
-        refused(train.main, [arch, *FAST, *more, "--out", str(tmp_path / "cut"), "--resume"],
-                "its data is 1,200 images of fake, not 1,201 images of fake", capsys)
-    train.main([arch, *FAST, *more, "--out", str(tmp_path / "cut"), "--resume"])
-    assert trained(tmp_path / "whole") == trained(tmp_path / "cut")
-    one, other = (torch.load(tmp_path / name / "A0.trained.pt", weights_only=True)
-                  for name in ("whole", "cut"))
-    assert all(torch.equal(one[key], other[key]) for key in one)
-    rows = [json.loads((tmp_path / name / "trained.json").read_text())[0]["epochs"]
-            for name in ("whole", "cut")]
-    assert [e["loss"] for e in rows[0]] == [e["loss"] for e in rows[1]]
-
-
-def test_a_killed_training_loses_no_more_than_a_checkpoints_steps(searched, tmp_path, monkeypatch):
-    argv = [str(searched / "A0.json"), *FAST, "--dropout", "0.2", "--checkpoint-every", "4", "--out"]
-    train.main([*argv, str(tmp_path / "whole")])
-    entropy, calls = recipe.F.cross_entropy, []
-
-    def killed(*x, **more):
-        calls.append(1)
-        if len(calls) == 29:
-            raise KeyboardInterrupt
-        return entropy(*x, **more)
-    monkeypatch.setattr(recipe.F, "cross_entropy", killed)
-    with pytest.raises(KeyboardInterrupt):
-        train.main([*argv, str(tmp_path / "cut")])
-    saved = files.load(tmp_path / "cut" / "A0.last.pt")
-    assert (len(saved["rows"]), saved["step"]) == (1, 8)                 # 18 steps an epoch, and ten more
-    calls.clear()
-    train.main([*argv, str(tmp_path / "cut"), "--resume"])
-    assert len(calls) == 10
-    one, other = (files.load(tmp_path / name / "A0.trained.pt") for name in ("whole", "cut"))
-    assert all(torch.equal(one[key], other[key]) for key in one)
-
-
-def test_a_loss_that_is_not_finite_ends_the_training_and_is_not_saved(searched, tmp_path, monkeypatch):
-    entropy, calls = recipe.F.cross_entropy, []
-
-    def sometimes(*x, **more):
-        calls.append(1)
-        return entropy(*x, **more) * (float("nan") if len(calls) == 25 else 1)
-    monkeypatch.setattr(recipe.F, "cross_entropy", sometimes)
-    with pytest.raises(SystemExit, match="the loss of A0 is not finite in epoch 1; try a lower --lr"):
-        train.main([str(searched / "A0.json"), *FAST, "--out", str(tmp_path)])
-    saved = torch.load(tmp_path / "A0.last.pt", weights_only=True)
-    assert len(saved["rows"]) == 1 and all(torch.isfinite(w).all() for w in saved["network"].values())
-
-
 def test_two_trainings_do_not_share_a_folder(searched, tmp_path, capsys):
     with files.lock(tmp_path):
         refused(train.main, [str(searched / "A0.json"), *FAST, "--out", str(tmp_path)], "in use by another",
                 capsys)
+
+
+MORE = ["--ema", "0.9", "--dropout", "0.2", "--checkpoint-every", "4"]
+
+
+@pytest.fixture(scope="module")
+def whole(searched, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    train.main([str(searched / "A0.json"), *FAST, *MORE, "--out", str(out)])
+    return out
+
+
+def same_training(one, other):
+    """Whether two folders have the same weights and the same rows, but for times."""
+    weights = [files.load_checkpoint(out / "A0.trained.pt") for out in (one, other)]
+    rows = [json.loads((out / "trained.json").read_text())[0]["epochs"] for out in (one, other)]
+    for row in (*rows[0], *rows[1]):
+        row.pop("seconds")
+    return (trained(one) == trained(other) and rows[0] == rows[1]
+            and all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0]))
+
+
+class Killed(BaseException):
+    """Nothing catches it."""
+
+
+@pytest.mark.parametrize("place, n, step", [("evaluate", 1, 4), ("evaluate", 2, 12), ("cross_entropy", 11, 8),
+                                            ("save_checkpoint", 6, 14)])
+def test_a_killed_training_goes_on(searched, whole, tmp_path, monkeypatch, place, n, step):
+    """In its n-th evaluation, step or writing; at the last, the network is trained but not written."""
+    argv = [str(searched / "A0.json"), *FAST, *MORE, "--out", str(tmp_path)]
+    where = {"evaluate": train, "cross_entropy": train.F, "save_checkpoint": train.processes}[place]
+    usual, calls = getattr(where, place), []
+
+    def killed(*given, **more):
+        calls.append(1)
+        if len(calls) == n:
+            raise Killed
+        return usual(*given, **more)
+    monkeypatch.setattr(where, place, killed)
+    with pytest.raises(Killed):
+        train.main(argv)
+    assert files.load_checkpoint(tmp_path / "A0.last.pt")["step"] == step
+    train.main([*argv, "--resume"])
+    assert same_training(whole, tmp_path) and not (tmp_path / "A0.last.pt").exists()
+
+
+def test_a_stopped_training_goes_on_within_its_epoch(searched, whole, tmp_path, monkeypatch, capsys):
+    argv, looks = [str(searched / "A0.json"), *FAST, *MORE, "--out", str(tmp_path)], []
+    with monkeypatch.context() as patch:
+        patch.setattr(train.processes, "pending_signal",
+                      lambda caught: looks.append(1) or (2 if len(looks) == 10 else 0))
+        with pytest.raises(SystemExit) as stopped:
+            train.main(argv)
+    assert stopped.value.code == 130 and "stopped in A0 after step 10;" in capsys.readouterr().out
+    saved = files.load_checkpoint(tmp_path / "A0.last.pt")
+    assert (len(saved["rows"]), saved["step"]) == (1, 10)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "load", lambda name, part: data.fake(241, (0,), size=16))
+        refused(train.main, [*argv, "--resume"], "its data is 240 images of fake, not 241 images of fake",
+                capsys)
+    train.main([*argv, "--resume"])
+    assert same_training(whole, tmp_path)
+
+
+def test_a_loss_that_is_not_finite_ends_the_training_and_is_not_saved(searched, tmp_path, monkeypatch):
+    entropy, calls = train.F.cross_entropy, []
+
+    def sometimes(*x, **more):
+        calls.append(1)
+        return entropy(*x, **more) * (float("nan") if len(calls) == 10 else 1)
+    monkeypatch.setattr(train.F, "cross_entropy", sometimes)
+    with pytest.raises(SystemExit, match="loss or gradients are not finite in step 9; try a lower --lr"):
+        train.main([str(searched / "A0.json"), *FAST, "--out", str(tmp_path)])
+    saved = files.load_checkpoint(tmp_path / "A0.last.pt")
+    assert saved["step"] == 7 and all(torch.isfinite(w).all() for w in saved["network"].values())
