@@ -3,6 +3,9 @@
 How an image is augmented is a function of its place in the run, as everything else that is drawn: it does
 not depend on the workers, on the processes, or on where a run was taken up again.
 """
+from machinery import files
+from machinery.workers import work
+
 import math
 import os
 import warnings
@@ -13,8 +16,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms import v2
 
 import data
-from machinery import files
-from machinery.workers import work
 
 CHUNK = 32                                                # images that a worker hands over at once
 BROKEN = (*files.BROKEN, SyntaxError, Image.DecompressionBombError)  # what Pillow's readers raise, among them

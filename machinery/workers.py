@@ -2,6 +2,8 @@
 
 They answer through pipes: of shared memory a container has too little, and of file descriptors there are few.
 """
+from machinery import files
+
 import atexit
 import contextlib
 import itertools
@@ -13,8 +15,6 @@ import threading
 from collections import deque
 
 import torch
-
-from machinery import files
 
 PATIENCE = 50                                             # seconds that an answer may take
 

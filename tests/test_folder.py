@@ -4,6 +4,8 @@ workers.
 The oracles: files written by hand and with Pillow, torchvision's Resize and CenterCrop, its names of
 ImageNet's classes, and the same batch from other workers, another start and in shards.
 """
+from machinery import decode, flags, folder, workers
+
 import contextlib
 import itertools
 import json
@@ -28,7 +30,6 @@ import derive
 import flops
 import search
 import train
-from machinery import decode, flags, folder, workers
 from space import Arch
 
 ROOT = Path(__file__).parent.parent

@@ -1,6 +1,10 @@
 """Workers: their answers are those of one process, in order; they outlive neither their use nor the main
 process, leave signals to it, and one that dies or hangs is told in one line, in time.
 """
+from machinery import workers
+from machinery.files import Refused
+from machinery.workers import work
+
 import contextlib
 import itertools
 import multiprocessing
@@ -12,10 +16,6 @@ import threading
 
 import numpy as np
 import pytest
-
-from machinery import workers
-from machinery.files import Refused
-from machinery.workers import work
 
 
 def square(x):
