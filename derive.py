@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from budget import alternatives, choose_stage, most_likely, viterbi
+from budget import alternatives, choose_stage, spend, viterbi
 from flops import Layer, bounds, costs, each, macs, params
 from network import Network
 from space import CANDIDATES, SPACES, Arch, ArchBlock, round8
@@ -59,13 +59,13 @@ def arch_of(supernet, options):
 
 
 def derive(supernet, flops=None):
-    """The supernet's most likely network, as an `Arch`; with `flops`, the most likely of at most so many
-    MACs (exactly).
+    """The supernet's most likely network, as an `Arch`; with `flops`, the most likely that spends so many
+    MACs: at most all of them, and at least 95 % (`budget.spend`).
 
     ValueError if even the cheapest network has more.
     """
     log_p, table = log_probabilities(supernet), space_costs(supernet)
-    solution = most_likely(log_p, table, flops) if flops else viterbi(log_p, table, 0.0)
+    solution = spend(log_p, table, flops) if flops else viterbi(log_p, table, 0.0)
     return arch_of(supernet, solution.options)
 
 
@@ -183,7 +183,8 @@ def parser():
     p.add_argument("--stage", type=int, choices=range(5),
                    help="one of A0..A4 (all that the run has; without a budget its last)")
     g = p.add_mutually_exclusive_group()
-    g.add_argument("--flops", type=flags.amount, metavar="F", help="a budget of MACs, as in 2M; suffixes k, M, G")
+    g.add_argument("--flops", type=flags.amount, metavar="F",
+                   help="a budget of MACs, as in 2M; suffixes k, M, G")
     g.add_argument("--params", type=flags.amount, metavar="P", help="a budget of parameters, as in 100k")
     g.add_argument("--latency", type=latency.duration, metavar="T",
                    help="a budget of time for one image on this machine's CPU, as in 2ms; suffixes us, ms, "
@@ -280,7 +281,7 @@ def latency_costs(supernets, file):
 
 
 def report(supernet, solution, accuracy=None):
-    """Print a `Solution` as a line; returns its row for a JSON file. accuracy: a function, as of `evaluator`."""
+    """Print a `Solution` as a line; returns its row for a JSON file. accuracy: as `evaluator` returns it."""
     arch = arch_of(supernet, solution.options)
     row = {"stage": arch.stage, "flops": macs(arch), "params": params(arch),
            "log_likelihood": solution.log_likelihood, "accuracy": accuracy and accuracy(supernet, arch),

@@ -145,9 +145,10 @@ def costs(space, in_channels, classes, cost=Layer.macs):
 
 
 def each(cost):
-    """A cost for `costs`, which gives it `Layer`s with tensors for widths, from one of `Layer`s with numbers."""
+    """A cost for `costs`, whose `Layer`s have tensors for widths, from one of `Layer`s with numbers."""
     def every(layer):
-        widths, index = torch.unique((torch.as_tensor(layer.inputs) << 32) + layer.outputs, return_inverse=True)
+        pairs = (torch.as_tensor(layer.inputs) << 32) + layer.outputs
+        widths, index = torch.unique(pairs, return_inverse=True)
         pairs = [divmod(pair, 1 << 32) for pair in widths.tolist()]
         return torch.tensor([cost(Layer(layer.name, *pair, *layer[3:])) for pair in pairs])[index]
     return every

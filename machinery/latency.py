@@ -54,7 +54,9 @@ def build(layer):
     inputs, outputs = layer.inputs, layer.outputs
     if layer.name == "residual":
         y, wider = random_image(outputs, layer.pixels), outputs - inputs
-        return lambda x: y + (F.pad(x, (0, 0, 0, 0, 0, wider)) if wider > 0 else x[:, :outputs] if wider else x)
+        if wider > 0:
+            return lambda x: y + F.pad(x, (0, 0, 0, 0, 0, wider))
+        return lambda x: y + x[:, :outputs]
     if layer.name == "squeeze":
         module = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(inputs, outputs, 1), nn.ReLU())
     elif layer.name == "excite":
