@@ -35,7 +35,7 @@ import data
 import flops
 import search
 import train
-from budget import viterbi
+from budget import viterbi_list
 from derive import arch_of, evaluate, evaluate_derived, open_supernet, space_costs
 from network import Network
 from ops import initialise
@@ -91,19 +91,21 @@ def random_networks(stage, count):
 
 
 def largest(stage):
-    """The network with the most parameters within the target's MACs: by bisection on a price of MACs."""
+    """The network with the most parameters within the target's MACs: of the 1,000 best by parameters less a
+    penalty on MACs, which is found by bisection.
+    """
     (supernet, macs, params), target = space_of(stage), flops.TARGETS["small"][stage]
-    zeros = [tuple(torch.zeros(n, dtype=torch.float64) for n in table.shape[1:]) for table in macs.blocks]
+    even = [tuple(torch.zeros(n, dtype=torch.float64) for n in table.shape[1:]) for table in macs.blocks]
 
-    def at(price):
-        table = flops.Costs(0.0, [price * m - p for m, p in zip(macs.blocks, params.blocks)],
-                            price * macs.head - params.head)
-        return arch_of(supernet, viterbi(zeros, table, 1.0).options)
+    def best(penalty, count=1):
+        blocks = [penalty * m - p for m, p in zip(macs.blocks, params.blocks)]
+        table = flops.Costs(0.0, blocks, penalty * macs.head - params.head)
+        return [arch_of(supernet, solution.options) for solution in viterbi_list(even, table, 1.0, count)]
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (low, middle) if flops.macs(at(middle)) <= target else (middle, high)
-    return at(high)
+        low, high = (low, middle) if flops.macs(best(middle)[0]) <= target else (middle, high)
+    return max((arch for arch in best(high, 1000) if flops.macs(arch) <= target), key=flops.params)
 
 
 def by_hand(stage):
@@ -124,7 +126,7 @@ def loader_of(batch_size):
     """(loader of Fashion-MNIST's training images, its 5/6 and 1/6 by split 0)."""
     images = data.load("fashion", "train")
     parts = data.split(images.labels, 0)
-    return images.loader(images.statistics(parts[0]), batch_size), parts
+    return images.loader(images.statistics(parts[0]), batch_size, torch.device("cpu")), parts
 
 
 def train_network(arch_json, seed, epochs):
@@ -140,7 +142,8 @@ def train_network(arch_json, seed, epochs):
     train.train(network, arch.stage, loader, parts[0], lambda network: 0.0, args, run)
     accuracy = evaluate(network, loader, parts[1])
     return {"stage": arch.stage, "seed": seed, "epochs": epochs, "accuracy": accuracy,
-            "flops": flops.macs(arch), "params": flops.params(arch), "seconds": time.perf_counter() - clock, "arch": arch_json}
+            "flops": flops.macs(arch), "params": flops.params(arch), "arch": arch_json,
+            "seconds": time.perf_counter() - clock}
 
 
 def run_search(folder, seed, flags_of_search):
