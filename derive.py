@@ -105,10 +105,7 @@ def recalibrate(network, batches):  # task 5.3
 
 @torch.no_grad()
 def evaluate(network, loader, index):
-    """The accuracy of `network`, in eval mode, on the images at `index`: in [0, 1].
-
-    Each of several processes looks at its share of the images.
-    """
+    """The accuracy of `network`, in eval mode, on the images at `index`; each process has a shard of them."""
     network.eval()
     rank, world_size = processes.shard()
     correct = torch.zeros(1, device=loader.device)
@@ -127,11 +124,11 @@ def evaluate_derived(arch, supernet, loader, parts, *position):
 
 
 def scale(arch, stage, target):
-    """Compound scaling (Fig. 5): `arch` in larger widths and depths, as the network of a later `stage`, of at
-    most `target` MACs. Refused if not even `arch` fits.
+    """Compound scaling (Fig. 5): `arch`, wider and deeper, as the network of a later `stage`, of at most
+    `target` MACs. Refused if not even `arch` fits.
 
-    The paper leaves its multipliers open. Depth 1.2^phi and width 1.1^phi are EfficientNet's (Tan and Le
-    2019); phi is the largest, in steps of 0.05, that fits. Stem, head and resolution stay. Widths go in the
+    The paper leaves its multipliers open: depth 1.2^phi and width 1.1^phi are EfficientNet's (Tan and Le
+    2019), for the largest phi that fits, in steps of 0.05. Stem, head and resolution stay. Widths go in the
     steps of the space's own table, so that phi = 0 is `arch` itself. Rows of equal depth get a block at the
     same phi, so the last steps may leave much of the target unused.
     """
@@ -158,9 +155,8 @@ def scaled(arch, stage, depth, width):
 
 
 def open_supernet(run, stage):
-    """The supernet of a run's stage, on the CPU, from A<stage>.json and A<stage>.pt in the folder `run`.
-
-    Refused if these are not what a search writes.
+    """The supernet of a stage, on the CPU, from A<stage>.json and A<stage>.pt in the folder `run`. Refused if
+    these are not what a search writes.
     """
     file, weights = run / f"A{stage}.json", run / f"A{stage}.pt"
     arch = flags.read_arch(file)
@@ -183,8 +179,7 @@ def parser():
     p.add_argument("--stage", type=int, choices=range(5),
                    help="one of A0..A4 (all that the run has; without a budget its last)")
     g = p.add_mutually_exclusive_group()
-    g.add_argument("--flops", type=flags.amount, metavar="F",
-                   help="a budget of MACs, as in 2M; suffixes k, M, G")
+    g.add_argument("--flops", type=flags.amount, metavar="F", help="a budget of MACs, as in 2M (k, M, G)")
     g.add_argument("--params", type=flags.amount, metavar="P", help="a budget of parameters, as in 100k")
     g.add_argument("--latency", type=latency.duration, metavar="T",
                    help="a budget of time for one image on this machine's CPU, as in 2ms; suffixes us, ms, "
@@ -281,7 +276,7 @@ def latency_costs(supernets, file):
 
 
 def report(supernet, solution, accuracy=None):
-    """Print a `Solution` as a line; returns its row for a JSON file. accuracy: as `evaluator` returns it."""
+    """Print a `Solution` as a line; returns its row for a JSON file. accuracy: what `evaluator` returns."""
     arch = arch_of(supernet, solution.options)
     row = {"stage": arch.stage, "flops": macs(arch), "params": params(arch),
            "log_likelihood": solution.log_likelihood, "accuracy": accuracy and accuracy(supernet, arch),

@@ -121,8 +121,7 @@ class Costs(NamedTuple):
 
 
 def costs(space, in_channels, classes, cost=Layer.macs):
-    """The `Costs` of a `Space`. `cost` is a function of a `Layer`: `Layer.macs`, `Layer.params`, `each` of
-    another.
+    """The `Costs` of a `Space`; `cost` is a function of a `Layer`: `Layer.macs`, `Layer.params`, `each(..)`.
 
     What a block costs depends only on its own choices and the width before it: tables hold the whole space.
     """
@@ -145,11 +144,11 @@ def costs(space, in_channels, classes, cost=Layer.macs):
 
 
 def each(cost):
-    """A cost for `costs`, whose `Layer`s have tensors for widths, from one of `Layer`s with numbers."""
+    """From a cost of a `Layer` with numbers for widths, the one for `costs`, where these are tensors."""
     def every(layer):
-        pairs = (torch.as_tensor(layer.inputs) << 32) + layer.outputs
-        widths, index = torch.unique(pairs, return_inverse=True)
-        pairs = [divmod(pair, 1 << 32) for pair in widths.tolist()]
+        widths = (torch.as_tensor(layer.inputs) << 32) + layer.outputs
+        pairs, index = widths.unique(return_inverse=True)
+        pairs = [divmod(pair, 1 << 32) for pair in pairs.tolist()]
         return torch.tensor([cost(Layer(layer.name, *pair, *layer[3:])) for pair in pairs])[index]
     return every
 
@@ -168,21 +167,17 @@ def bounds(costs):
 def energy(seconds, device, processes=1):
     """(device hours, kWh, lb of CO2e) of `seconds` on `processes` devices (Table 4).
 
-    The energy is an estimate: the paper's kWh per GPU hour, or for a CPU a stated wattage of each core that
-    torch uses.
+    Energy is an estimate: the paper's of a GPU, or a stated wattage of each core of a CPU that torch uses.
     """
-    hours = seconds / 3600 * processes
+    hours, cores = seconds / 3600 * processes, min(torch.get_num_threads(), os.cpu_count())
     cpu = torch.device(device).type == "cpu"
-    cores = min(torch.get_num_threads(), os.cpu_count())
     kwh = hours * KWH_PER_CORE_HOUR * cores if cpu else hours * KWH_PER_GPU_HOUR
     return hours, kwh, kwh * CO2E_LB_PER_KWH
 
 
 def training_memory(arch, batch_size):
-    """Bytes that training an `Arch` takes at least.
-
-    There are four numbers a parameter: weight, gradient, momentum and average. Backward needs 2.1 times the
-    outputs of all layers with ReLU and 2.5 times with hswish; 2 times are counted.
+    """Bytes that training an `Arch` takes at least: a weight, its gradient, momentum and average a parameter,
+    and twice the outputs of all layers. Backward needs 2.1 times these with ReLU and 2.5 times with hswish.
     """
     outputs = sum(layer.outputs * layer.pixels ** 2 for layer in layers(arch).values())
     return 4 * (4 * params(arch) + 2 * batch_size * outputs)

@@ -5,7 +5,7 @@ A space has far too many networks to measure each of them. But they are made of 
 
 Times are whole nanoseconds: their sums are exact in any order, as those of MACs are, and so is budget.py.
 """
-from machinery.files import write
+from machinery.files import Refused, read_json, write
 
 import functools
 import itertools
@@ -42,15 +42,12 @@ def show(nanoseconds):
 
 
 def random_image(channels, pixels):
-    """(1, channels, pixels, pixels), with the channels last in memory, as all images are within a network."""
+    """(1, channels, pixels, pixels), channels last in memory, as the images within a network."""
     return torch.randn(1, channels, pixels, pixels).contiguous(memory_format=torch.channels_last)
 
 
 def build(layer):
-    """What `network.Network` computes in a `flops.Layer`, as a function of an image, in eval mode.
-
-    Weights are random and the statistics of batch norm as they begin: neither changes the time.
-    """
+    """What `network.Network` computes in a `flops.Layer`, as a function of an image, in eval mode."""
     inputs, outputs = layer.inputs, layer.outputs
     if layer.name == "residual":
         y, wider = random_image(outputs, layer.pixels), outputs - inputs
@@ -76,11 +73,11 @@ def build(layer):
 
 @torch.no_grad()
 def measure(builders):
-    """The time of a call of what each (build, channels, pixels) builds: whole nanoseconds.
+    """Whole nanoseconds that a call of build() takes, for each (build, channels, pixels) of its image.
 
-    build() returns a function of an image. Rounds are measured one after the other, so that what else the
-    machine does falls on all alike. Other work only ever adds to a time, hence the lower quartile. Functions
-    are built anew in each round, since all of them together would not fit into memory.
+    Rounds are measured one after the other, so that what else the machine does falls on all alike. It only
+    ever adds to a time, hence the lower quartile. Each function is built anew in each round, since all of
+    them together would not fit into memory.
     """
     times = [[] for _ in builders]
     for _ in range(ROUNDS):
@@ -113,11 +110,11 @@ def tables(walk, network, file):
     here = {"machine": platform.node(), "processor": platform.machine(), "device": "cpu",
             "threads": torch.get_num_threads(), "torch": torch.__version__}
     try:
-        saved = json.loads(file.read_text())
+        saved = read_json(file)
         known, factor = saved.pop("nanoseconds"), saved.pop("factor")
-        sound = all(isinstance(n, (int, float)) and 0 < n < math.inf for n in (factor, *known.values()))
+        sound = all(type(n) in (int, float) and 0 < n < math.inf for n in (factor, *known.values()))
         known = known if sound and saved == here else {}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (Refused, LookupError, AttributeError):
         known = {}
     layers = {}
     walk(lambda layer: layers.setdefault(" ".join(map(str, layer)).strip(), layer).inputs)

@@ -28,9 +28,7 @@ TABLE_2 = {op: (int(op[4]), "se" in op, "hswish" if op.endswith("hs") else "relu
 
 
 def layers(arch):
-    """The layers of a network, those of `flops.Layer` as tuples: name, channels and pixels a side that come in
-    and go out, kernel, activation.
-    """
+    """A network's `flops.Layer`s as tuples: name, channels in, out, pixels in, out, kernel, activation."""
     size, width = pixels(arch.resolution, 3, 2), arch.stem
     found = [("stem", arch.in_channels, arch.stem, arch.resolution, size, 3, "hswish")]
     for b in arch.blocks:
