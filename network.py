@@ -1,13 +1,35 @@
-"""One network of a space, alone: plain PyTorch that needs this file and space.py only (Table 3)."""
+"""One network of a space, alone: plain PyTorch that needs this file and space.py only (Table 3).
+
+A trained network is one file. It holds what its weights mean: architecture, normalisation, classes.
+
+    from network import load, predict
+    network = load("A3.net.pt")                         # images (B, C, R, R) in, logits (B, classes) out
+    for path, name, probability in predict(network, ["photo.jpg"]):
+        print(f"{path}: {name}, {probability:.1%}")
+"""
+import contextlib
 import functools
+import json
+import os
+import pickle
+import struct
+import zipfile
+import zlib
+from pathlib import Path
 
 import torch
+from PIL import Image, ImageOps
 from torch import nn
 from torchvision.ops import Conv2dNormActivation, SqueezeExcitation
+from torchvision.transforms.functional import pil_to_tensor
 
-from space import CANDIDATES, round8
+from space import CANDIDATES, Arch, round8
 
 ACTIVATIONS = {"relu": nn.ReLU, "hswish": nn.Hardswish}
+
+# What reading foreign bytes may raise.
+BROKEN = (AttributeError, EOFError, LookupError, OverflowError, RuntimeError, TypeError, ValueError,
+          pickle.UnpicklingError, struct.error, zipfile.BadZipFile, zlib.error)
 
 conv = functools.partial(Conv2dNormActivation, inplace=None)            # hooks see what each layer computed
 
@@ -67,3 +89,141 @@ class Network(nn.Module):
     def forward(self, x):
         x = self.head(self.blocks(self.stem(x)))
         return self.classifier(self.dropout(self.flatten(self.pool(x))))
+
+
+def check(image, arch):
+    """Raise ValueError unless `image` holds pixels for a network of `arch`, as `TrainedNetwork` says."""
+    wanted = (arch.in_channels, arch.resolution, arch.resolution)
+    if image.dim() != 4 or tuple(image.shape[1:]) != wanted:
+        raise ValueError(f"image has the shape {tuple(image.shape)}, not (B, {', '.join(map(str, wanted))})")
+    if image.dtype == torch.uint8:
+        return
+    if not image.is_floating_point():
+        raise ValueError(f"image is {image.dtype}, neither uint8 in 0..255 nor floating point in [0, 1]")
+    low, high = (float(x) for x in image.aminmax()) if image.numel() else (0, 0)
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"image has floating-point pixels from {low:.4g} to {high:.4g}, not in [0, 1]: they "
+                         "must not be normalised, and whole numbers in 0..255 must be uint8")
+
+
+class Normalise(nn.Module):
+    """Pixels (B, C, H, W), uint8 in 0..255 or floating point in [0, 1] -> (pixel - mean) / std, floats."""
+
+    def __init__(self, mean, std):
+        super().__init__()
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, 255 * torch.as_tensor(values, dtype=torch.float32).view(-1, 1, 1))
+
+    def forward(self, image):
+        pixels = image.to(self.mean.dtype)
+        return ((pixels if image.dtype == torch.uint8 else 255 * pixels) - self.mean) / self.std
+
+
+class TrainedNetwork(nn.Module):
+    """A trained `Network` behind its normalisation: image (B, C, R, R) -> logits (B, classes).
+
+    image: uint8 pixels in 0..255, or floating-point ones in [0, 1]. ValueError for anything else, but not
+    within a compiled or exported program. facts: what its file holds beside the weights, a dict.
+    """
+
+    def __init__(self, facts):
+        super().__init__()
+        self.facts, self.classes, self.arch = facts, facts["classes"], Arch.from_json(facts["arch"])
+        for key, n in (("classes", self.arch.classes), ("mean", self.arch.in_channels),
+                       ("std", self.arch.in_channels)):
+            if len(facts[key]) != n:
+                raise ValueError(f"{key} has {len(facts[key])} values, but the network needs {n}")
+        self.normalise = Normalise(facts["mean"], facts["std"])
+        self.network = Network(self.arch)
+
+    def forward(self, image):
+        if not torch.compiler.is_compiling():
+            check(image, self.arch)
+        return self.network(self.normalise(image))
+
+
+@contextlib.contextmanager
+def whole(path):
+    """Yield the path of a temporary file, which becomes `path` if no exception is raised, else is deleted."""
+    path = Path(path)
+    temporary = path.with_name(f"part.{path.name}")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(file, network, mean, std, classes, accuracy, trained_on, crop=1.0):
+    """Write a trained `Network` to `file`, a path or a binary file, as what `load` reads.
+
+    mean, std: of the training images' pixels in [0, 1], a value a channel. classes: their names, in the
+    order of the logits. accuracy: in [0, 1]. trained_on: a dict for JSON. crop: the share of an image's
+    shorter side that the network sees, in the middle (224/256 in ImageNet's usual evaluation). ValueError,
+    and no file, if these do not fit the network.
+    """
+    facts = {"arch": network.arch.to_json(), "mean": torch.as_tensor(mean).flatten().tolist(),
+             "std": torch.as_tensor(std).flatten().tolist(), "classes": list(classes), "crop": crop,
+             "accuracy": accuracy, "trained_on": json.loads(json.dumps(trained_on))}
+    TrainedNetwork(facts)
+    with contextlib.nullcontext(file) if hasattr(file, "write") else whole(file) as target:
+        torch.save({"facts": facts, "weights": network.state_dict()}, target)
+
+
+def load(path):
+    """The `TrainedNetwork` in the file at a path, written by `save`, on the CPU, in eval mode. ValueError if
+    it is none.
+
+    Its weights are contiguous, which is what exporters expect; `.to(memory_format=torch.channels_last)` makes
+    it faster in PyTorch.
+    """
+    try:
+        broken = zipfile.ZipFile(path).testzip()                   # PyTorch does not look at its checksums
+        if broken:
+            raise ValueError(f"the checksum of {broken} is wrong")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        trained = TrainedNetwork(content["facts"])
+        trained.network.load_state_dict(content["weights"])
+    except BROKEN as error:
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is no trained network, or damaged ({why})") from None
+    return trained.to(memory_format=torch.contiguous_format).eval()
+
+
+def read_image(path, arch, crop):
+    """The middle of an image file as uint8 pixels (1, C, R, R): grey or RGB, upright, transparent is white.
+
+    ValueError, with the path, if it cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode[0] in "IF":
+                raise ValueError("more than 8 bits a channel")
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB" if arch.in_channels == 3 else "L")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as an image ({error})") from None
+    side = crop * min(image.size)
+    left, top = ((length - side) / 2 for length in image.size)
+    return pil_to_tensor(image.resize((arch.resolution, arch.resolution), Image.Resampling.BILINEAR,
+                                      (left, top, left + side, top + side)))[None]
+
+
+@torch.no_grad()
+def predict(network, paths):
+    """For each image file yield (path, class name, probability), by a `TrainedNetwork`.
+
+    A folder stands for all image files in it and below. ValueError for a file that is no image.
+    """
+    for path in map(Path, paths):
+        files = [path] if not path.is_dir() else sorted(
+            file for file in path.rglob("*") if file.suffix.lower() in Image.registered_extensions())
+        for file in files:
+            image = read_image(file, network.arch, network.facts["crop"]).to(network.normalise.mean.device)
+            probability, index = network(image).softmax(1)[0].max(0)
+            yield file, network.classes[index], float(probability)

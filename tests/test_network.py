@@ -3,10 +3,21 @@
 The oracle is written from the paper's definitions, as textbook layers; the tools are PyTorch's own.
 """
 import copy
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import types
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
-from oracles import Residual, assert_same_logits, images, kernel, near8, stir
+from oracles import Residual, assert_same_logits, images, kernel, near8, seeded, stir
+from PIL import Image
 from torch import nn
 from torch.fx.experimental.optimization import fuse
 from torch.nn.utils import prune
@@ -15,7 +26,10 @@ from torch.testing import assert_close
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import SqueezeExcitation
 
-from network import InvertedResidual, Network
+import network as network_file
+from machinery import export, files
+from machinery.decode import Decoder
+from network import InvertedResidual, Network, load, predict, read_image, save
 from space import Arch, ArchBlock
 
 # All candidates' kinds, with and without expand convolution; residuals that are cut, padded, and neither.
@@ -105,10 +119,10 @@ def test_features_are_those_of_its_blocks():
     assert_close(found["project"] + network.blocks[3](middle), network.blocks[3:](middle))
 
 
-def test_scripted_and_exported_it_computes_the_same():
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+def test_scripted_it_computes_the_same():
     network, x = trained(), images(3, 3, 16)
     assert_close(torch.jit.script(network)(x), network(x))
-    assert_close(torch.export.export(network, (x,)).module()(x), network(x))
 
 
 def test_statistics_are_measured_by_update_bn():
@@ -135,3 +149,200 @@ def test_it_drops_out_in_training_alone():
     network, x = stir(Network(ARCH, dropout=0.9)), images(2, 3, 16)
     assert not torch.equal(network(x), network(x))
     assert torch.equal(network.eval()(x), network(x))
+
+
+# The one file
+
+MEAN, STD, CLASSES = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6], ["ant", "bee", "cow", "dog", "eel"]
+FACTS = {"mean": torch.tensor(MEAN).view(1, 3, 1, 1), "std": STD, "classes": CLASSES, "accuracy": 0.75,
+         "trained_on": {"data": "4 images", "seed": 3, "settings": {"lr": 0.2}}}
+
+
+def pixels(n, seed=0):
+    return torch.randint(256, (n, 3, 16, 16), dtype=torch.uint8, generator=seeded(seed))
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("network") / "A3.net.pt"
+    save(path, trained(), **FACTS)
+    return path
+
+
+def test_one_file_holds_the_network_and_what_it_is(file):
+    found, network, image = load(file), trained(), pixels(4)
+    assert os.listdir(file.parent) == [file.name]
+    assert found.arch == ARCH and found.classes == CLASSES and not found.training
+    assert {key: found.facts[key] for key in ("accuracy", "trained_on", "classes", "crop")} == {
+        "accuracy": 0.75, "trained_on": FACTS["trained_on"], "classes": CLASSES, "crop": 1.0}
+    assert_close(found.facts["mean"] + found.facts["std"], MEAN + STD)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    wanted = network((image / 255 - mean) / std)
+    for same in (image, image / 255, (image / 255).double()):
+        assert_close(found(same), wanted, rtol=1e-4, atol=1e-4)
+    assert all(p.is_contiguous() for p in found.parameters())
+    buffer = io.BytesIO()
+    save(buffer, network, **FACTS)
+    assert set(torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)) == {"facts", "weights"}
+
+
+@pytest.mark.parametrize("image, message", [
+    (pixels(2).float(), "pixels from 0 to 255, not in"),
+    (pixels(2) / 255 - 0.5, "pixels from -0.5 to 0.5, not in"),
+    (torch.full((1, 3, 16, 16), float("nan")), "pixels from nan to nan"),
+    (pixels(2).long(), "torch.int64, neither uint8"),
+    (pixels(2)[:, :1], r"shape \(2, 1, 16, 16\), not \(B, 3, 16, 16\)"),
+    (pixels(2)[0], r"shape \(3, 16, 16\), not"),
+    (pixels(2)[..., :8], r"shape \(2, 3, 16, 8\), not")],
+    ids=["0..255 as floats", "normalised", "nan", "int64", "grey", "no batch", "not square"])
+def test_other_pixels_are_refused(file, image, message):
+    with pytest.raises(ValueError, match=message):
+        load(file)(image)
+
+
+def test_a_file_that_does_not_fit_itself_is_refused_and_leaves_none(file, tmp_path):
+    for wrong in ({"classes": CLASSES[1:]}, {"mean": [0.5]}, {"std": [1.0] * 4}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} has . values, but the network needs"):
+            save(tmp_path / "A3.net.pt", trained(), **FACTS | wrong)
+    with pytest.raises(TypeError):
+        save(tmp_path / "A3.net.pt", trained(), **FACTS | {"trained_on": {"seed": torch.ones(1)}})
+    assert not os.listdir(tmp_path)
+    raw, other = file.read_bytes(), torch.load(file, weights_only=True)
+    place = raw.index(trained().classifier.weight.detach().numpy().tobytes())
+    other["weights"].pop("classifier.bias")
+    torch.save(other, lacks := io.BytesIO())
+    torch.save({"weights": 1}, foreign := io.BytesIO())
+    for broken in (raw[:-100], raw[:place] + b"!" + raw[place + 1:], b"", b"PK", lacks.getvalue(),
+                   foreign.getvalue()):
+        (tmp_path / "broken").write_bytes(broken)
+        with pytest.raises(ValueError, match="broken is no trained network, or damaged"):
+            load(tmp_path / "broken")
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "none")
+
+
+def test_what_cannot_be_written_whole_leaves_what_was_there(file, tmp_path, monkeypatch):
+    path = shutil.copy(file, tmp_path)
+    monkeypatch.setattr(torch, "save", lambda content, target: (Path(target).write_bytes(b"half"), 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        save(path, trained(), **FACTS)
+    assert os.listdir(tmp_path) == [file.name] and Path(path).read_bytes() == file.read_bytes()
+
+
+def test_two_files_in_an_empty_folder_are_enough(file, tmp_path):
+    """The example of network.py runs from another folder, with no other file of the project in reach."""
+    code, elsewhere = tmp_path / "code", tmp_path / "elsewhere"
+    code.mkdir(), elsewhere.mkdir()
+    for name in ("network.py", "space.py"):
+        shutil.copy(Path(network_file.__file__).with_name(name), code)
+    shutil.copy(file, elsewhere)
+    Image.new("RGB", (40, 30), "red").save(elsewhere / "photo.jpg")
+    example = textwrap.dedent(network_file.__doc__.partition("\n\n")[2].partition("\n\n")[2])
+    said = subprocess.run([sys.executable, "-c", example], cwd=elsewhere, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(code)}, check=True).stdout
+    (_, name, probability), = predict(load(file), [elsewhere / "photo.jpg"])
+    assert said == f"photo.jpg: {name}, {probability:.1%}\n" and name in CLASSES
+
+
+# Image files
+
+def test_an_image_file_is_read_as_in_evaluation(tmp_path):
+    noise = torch.randint(256, (50, 37, 4), dtype=torch.uint8, generator=seeded()).numpy()
+    rotated = Image.Exif()
+    rotated[0x112] = 6
+    kinds = {"rgb.png": ("RGB", {}), "upright.jpg": ("RGB", {"exif": rotated}), "grey.png": ("L", {}),
+             "cmyk.jpg": ("CMYK", {}), "clear.png": ("RGBA", {}), "palette.png": ("P", {}),
+             "clear.gif": ("P", {"transparency": 7})}
+    for name, (mode, options) in kinds.items():
+        image = Image.fromarray(noise)                                                          # RGBA
+        (image if mode == "RGBA" else image.convert("RGB").convert(mode)).save(tmp_path / name, **options)
+    names = [name.encode() for name in kinds]
+    decoder = Decoder(types.SimpleNamespace(root=str(tmp_path), names=names, labels=None, resolution=16))
+    for n, name in enumerate(kinds):
+        assert torch.equal(read_image(tmp_path / name, ARCH, 224 / 256)[0], decoder.image(n)), name
+    grey = read_image(tmp_path / "grey.png", ARCH._replace(in_channels=1, resolution=37), 1.0)
+    assert torch.equal(grey[0, 0], read_image(tmp_path / "grey.png", ARCH._replace(resolution=37), 1.0)[0, 0])
+
+
+def test_an_image_of_its_size_is_taken_as_it_is(tmp_path):
+    image = pixels(1)
+    Image.fromarray(image[0].permute(1, 2, 0).numpy()).save(tmp_path / "same.png")
+    assert torch.equal(read_image(tmp_path / "same.png", ARCH, 1.0), image)
+
+
+def test_classes_and_probabilities_of_files_and_folders(file, tmp_path):
+    network, every = load(file), pixels(3)
+    (tmp_path / "folder" / "deeper").mkdir(parents=True)
+    paths = [tmp_path / name for name in ("folder/a.png", "folder/deeper/b.PNG", "z.bmp")]
+    for path, image in zip(paths, every):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    (tmp_path / "folder" / "notes.txt").write_text("no image")
+    wanted = network(every).softmax(1)
+    found = list(predict(network, [tmp_path / "folder", str(tmp_path / "z.bmp")]))
+    assert [path for path, _, _ in found] == paths
+    assert [name for _, name, _ in found] == [CLASSES[k] for k in wanted.argmax(1)]
+    assert_close(torch.tensor([p for *_, p in found]), wanted.amax(1).detach())
+    Image.new("I;16", (16, 16)).save(tmp_path / "deep.png")
+    (tmp_path / "cut.png").write_bytes(paths[0].read_bytes()[:300])
+    for name in ("folder/notes.txt", "deep.png", "cut.png", "none.png"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read as an image"):
+            list(predict(network, [tmp_path / name]))
+
+
+# Programs
+
+def tells_of_this_machine(raw):
+    """Whether the bytes of a program hold a path or a source file's name."""
+    folders = (os.fsencode(folder) + b"/" for folder in (Path(__file__).parent.parent, Path.home()))
+    return any(word in raw for word in (b".py", b"site-packages", *folders))
+
+
+def test_an_exported_program_says_what_it_is_and_tells_nothing_else(file, tmp_path):
+    network, facts = load(file), {export.FACTS: ""}
+    export.export(network, tmp_path / "net.pt2")
+    assert os.listdir(tmp_path) == ["net.pt2"]
+    program = torch.export.load(tmp_path / "net.pt2", extra_files=facts)
+    assert program.graph_signature.user_inputs == ("image",)
+    assert program.graph_signature.user_outputs == ("logits",)
+    for n in (1, 5):
+        assert_close(program.module()(pixels(n)), network(pixels(n)), rtol=1e-4, atol=1e-4)
+    for wrong in (pixels(1) / 255, pixels(1)[:, :1], pixels(1)[..., :8]):
+        with pytest.raises((RuntimeError, AssertionError)):
+            program.module()(wrong)
+    facts = json.loads(facts[export.FACTS])
+    assert Arch.from_json(facts["arch"]) == ARCH and json.loads(facts["classes"]) == CLASSES
+    assert json.loads(facts["trained_on"]) == FACTS["trained_on"] and facts["image"].startswith("uint8")
+    with zipfile.ZipFile(tmp_path / "net.pt2") as archive:
+        assert not any(tells_of_this_machine(archive.read(name)) for name in archive.namelist())
+
+
+def test_an_onnx_file_is_one_file_and_says_what_it_is(file, tmp_path):
+    pytest.importorskip("onnxscript")
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    network = load(file)
+    export.export(network, tmp_path / "a.onnx")
+    (tmp_path / "empty").mkdir()
+    os.rename(tmp_path / "a.onnx", tmp_path / "empty" / "b.onnx")
+    assert os.listdir(tmp_path) == ["empty"] and os.listdir(tmp_path / "empty") == ["b.onnx"]
+    raw = (tmp_path / "empty" / "b.onnx").read_bytes()
+    assert not tells_of_this_machine(raw)
+    kinds = [node.op_type for node in onnx.load_from_string(raw).graph.node]
+    assert "BatchNormalization" not in kinds and "Transpose" not in kinds and kinds.count("Conv") == 20
+    session = runtime.InferenceSession(tmp_path / "empty" / "b.onnx")
+    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == CLASSES
+    for n in (1, 5):
+        found, = session.run(["logits"], {"image": pixels(n).numpy()})
+        assert_close(torch.from_numpy(found), network(pixels(n)), rtol=1e-4, atol=1e-4)
+    with pytest.raises(Exception, match="expected: .tensor.uint8"):
+        session.run(["logits"], {"image": (pixels(1) / 255).numpy()})
+
+
+def test_a_program_that_computes_something_else_is_not_written(file, tmp_path, monkeypatch):
+    network = load(file)
+    for logits in (network(pixels(2)).detach() + 9, torch.full((2, 5), float("nan"))):
+        monkeypatch.setattr(export, "pt2", lambda trained, image, logits=logits: (b"", logits))
+        with pytest.raises(files.Refused, match=f"the logits of {tmp_path}/net.pt2 differ by"):
+            export.export(network, tmp_path / "net.pt2")
+    with pytest.raises(files.Refused, match="ends neither in"):
+        export.export(network, tmp_path / "net.pth")
+    assert not os.listdir(tmp_path)
