@@ -20,12 +20,11 @@ import torch
 from tqdm import tqdm
 
 from machinery import files, processes
-from machinery.decode import CHUNK, Loader, decode
+from machinery.decode import CHUNK, ENDINGS, Loader, decode
 from machinery.workers import cores, work
 
 # ImageNet's, by which nearly all networks are trained
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif")
 
 
 class Folder(NamedTuple):

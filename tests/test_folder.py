@@ -20,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 from test_search import Countdown, contents, same
+from test_workers import few_files
 from torchvision.models._meta import _IMAGENET_CATEGORIES
 from torchvision.transforms import v2
 
@@ -29,6 +30,7 @@ import flops
 import search
 import train
 from machinery import decode, flags, folder, workers
+from machinery.files import Refused
 from space import Arch
 
 ROOT = Path(__file__).parent.parent
@@ -242,6 +244,34 @@ def test_a_photograph_on_its_side_is_turned(tmp_path, orientation, turned):
     assert np.array_equal(decoded(tmp_path / "a.png", picture(), exif=exif), turned(np.asarray(picture())))
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF"])
+def test_a_file_of_one_format_may_have_the_ending_of_another(kind, tmp_path):
+    more = {"append_images": [picture(1)], "save_all": True} if kind == "MPO" else {}
+    assert decoded(tmp_path / "x.jpg", picture(), format=kind, **more).shape == (10, 12, 3)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "ICO", "JPEG2000", "PCX", "TGA"])
+def test_other_formats_are_not_opened_whatever_their_ending(kind, tmp_path):
+    """A PostScript file would be run by Ghostscript."""
+    with pytest.raises(OSError, match=r"x\.jpg: is no image"):
+        decoded(tmp_path / "x.jpg", picture(), format=kind)
+
+
+def test_what_is_no_regular_file_is_no_image(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    (tmp_path / "b.jpg").mkdir()
+    (tmp_path / "c.jpg").symlink_to("/dev/zero")
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        with pytest.raises(OSError, match=f"{name}: is no regular file"):
+            decoded(tmp_path / name)
+
+
+def test_an_image_is_not_broken_because_there_are_no_file_descriptors(tmp_path):
+    picture().save(tmp_path / "a.png")
+    with few_files(0), pytest.raises(Refused, match=r"a\.png: Too many open files: take fewer --workers"):
+        decoded(tmp_path / "a.png")
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (3, 2000)])
 def test_images_one_pixel_wide(tmp_path, size):
     write(tmp_path, "ab")
@@ -272,6 +302,14 @@ def stream(loader, *position, start=0, n=6, shard=(0, 1), index=None):
 
 def equal(one, other):
     return all(torch.equal(x, z) and torch.equal(y, w) for (x, y), (z, w) in zip(one, other, strict=True))
+
+
+def test_shared_memory_is_not_needed(tmp_path):
+    """What workers are told and what they answer holds no tensor, which would travel through /dev/shm."""
+    images = open_folder(write(tmp_path, "ab"))
+    chunk, = decode.chunks_of(torch.arange(4), data.generator(0))
+    assert {type(value) for part in chunk for value in part} == {int}
+    assert {type(array) for array in decode.Decoder(images)(chunk)} == {np.ndarray}
 
 
 def test_batches_do_not_depend_on_workers_starts_or_other_draws(tmp_path, monkeypatch):
