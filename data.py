@@ -14,7 +14,7 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
 FASHION = Path(__file__).parent / "datasets" / "FashionMNIST" / "raw"
-CACHE = Path.home() / ".cache" / "adasearch"              # where torchvision keeps what it downloads
+CACHE = Path("~/.cache/adasearch")                        # where torchvision keeps what it downloads
 NAMES = ("fashion", "cifar10", "cifar100", "fake")
 PAD = 2  # pixels that a random crop may move, as usual at 28-32 pixels
 
@@ -86,15 +86,20 @@ def fashion(part, folder=FASHION):
 def cifar(name, part, folder=CACHE):
     """CIFAR-10 or CIFAR-100 (Krizhevsky 2009): 50,000 and 10,000 images, 32x32 in colour; downloaded once.
 
-    OSError if it is neither in `folder` nor can be downloaded.
+    OSError if it is neither in `folder` nor can be downloaded, or is not whole.
     """
     kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    archive = Path(folder, kind.filename)
     try:
-        found = kind(folder, train=part == "train", download=True)
+        archive = archive.expanduser()
+        images = kind(archive.parent, train=part == "train", download=True)
     except (OSError, RuntimeError) as error:
-        raise OSError(f"cannot be downloaded ({error}): put {kind.filename} into {folder}") from None
-    return Images(torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(found.targets),
-                  len(found.classes))
+        why = str(error).partition("\n")[0]
+        if archive.exists():
+            raise OSError(f"{archive} is not whole ({why}): delete it, or put the right one there") from None
+        raise OSError(f"cannot be downloaded ({why}): put {kind.filename} into {archive.parent}") from None
+    pixels = torch.from_numpy(images.data).permute(0, 3, 1, 2).contiguous()                 # (N, 3, 32, 32)
+    return Images(pixels, torch.tensor(images.targets), len(images.classes))
 
 
 def fake(n, position, classes=10, channels=1, size=28):

@@ -3,11 +3,10 @@
 How an image is augmented is a function of its place in the run, as everything else that is drawn: it does
 not depend on the workers, on the processes, or on where a run was taken up again.
 """
-from machinery import files
-from machinery.workers import work
-
+import errno
 import math
 import os
+import stat
 import warnings
 
 import numpy as np
@@ -16,28 +15,40 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms import v2
 
 import data
+from machinery import files
+from machinery.workers import work
 
+# Others are not tried, whatever a file says that it is: a PostScript file would be run, by Ghostscript.
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif")
+KNOWN = Image.registered_extensions()                     # {ending: format}, of this Pillow
+FORMATS = sorted({KNOWN[ending] for ending in ENDINGS if ending in KNOWN})
 CHUNK = 32                                                # images that a worker hands over at once
+LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 BROKEN = (*files.BROKEN, SyntaxError, Image.DecompressionBombError)  # what Pillow's readers raise, among them
 
 
 def decode(path, small=False):
-    """The image in a file: PIL, RGB, upright. OSError, which names the file, if it is not whole.
+    """The image in a file: PIL, RGB, upright. OSError, which names the file, if it is not whole; Refused if
+    this machine lacks memory or file descriptors.
 
     Transparent is white. 16 bits become 8. small: a JPEG at an eighth of its size: faster, and as strict.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")               # of odd EXIF, large images: nothing to do about it
-            with Image.open(path) as image:
+            if not stat.S_ISREG(os.stat(path).st_mode):   # a FIFO would be waited for
+                raise ValueError("is no regular file")
+            with Image.open(path, formats=FORMATS) as image:
                 if small:
                     image.draft("RGB", (1, 1))
                 image.load()
                 return rgb(ImageOps.exif_transpose(image))
     except BROKEN as error:
-        known = str(error).replace(repr(path), "it")
-        known = "is no image" if isinstance(error, UnidentifiedImageError) else known
-        raise OSError(f"{path}: {known.splitlines()[0] if known else type(error).__name__}") from None
+        why = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in LACKING:
+            raise files.Refused(f"{path}: {why}: take fewer --workers, or 0") from None
+        why = "is no image" if isinstance(error, UnidentifiedImageError) else why
+        raise OSError(f"{path}: {why}") from None
 
 
 def rgb(image):

@@ -6,12 +6,9 @@
 Which classes and test images are drawn depends on the sorted names and on the seed alone. decode.py reads
 the files.
 """
-from machinery import files, processes
-from machinery.decode import CHUNK, Loader, decode
-from machinery.workers import cores, work
-
 import functools
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -23,9 +20,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from machinery import files, processes
+from machinery.decode import CHUNK, ENDINGS, Loader, decode
+from machinery.workers import cores, work
+
 # ImageNet's, by which nearly all networks are trained
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif")
 
 
 class Folder(NamedTuple):
@@ -36,7 +36,7 @@ class Folder(NamedTuple):
     class_names: list
     held_out: list                                        # names of test images that lie in the same folders
     broken: dict                                          # {name: what is wrong} of what was left out
-    digest: str                                           # stands for the root and all names, broken ones too
+    digest: str                                           # stands for all names and sizes, wherever they lie
     resolution: int
     workers: int
     channels = 3
@@ -98,53 +98,77 @@ def image_files(folder, above=()):
     return sorted(names), others
 
 
-def list_images(root, part, seed, count=None):
-    """(class names, names of files below root, their labels, names of those held out) of the part train or
-    test.
-
-    count: classes to draw. Refused if the folder is not laid out as above.
+def layout(root):
+    """(names of the class folders, the folder of those to train on, of those to test on), the folders below
+    `root`; the last is None where test images are to be held out. Refused if it is not laid out as above.
     """
     if not root.is_dir():
         raise files.Refused("is no folder")
-    classes, base, val = subfolders(root), "", None
-    if {"train", "val"} <= set(classes):
-        classes, base, val = subfolders(root / "train"), "train", "val"
-    elif classes and set(classes) <= {"train", "val", "valid", "validation", "test"}:
-        raise files.Refused(f"has {' and '.join(n + '/' for n in classes)}, but it takes train/ and val/")
-    if len(classes) < 2 or len(classes) < (count or 0):
-        raise files.Refused(f"{base and base + '/'} has {len(classes)} folders of images, one a class, "
-                            f"but {count or 2} are needed".strip())
-    for name in subfolders(root / val) if val else ():
-        if name not in set(classes):
-            raise files.Refused(f"{val}/{name} is no class of train/")
+    names = subfolders(root)
+    if not {"train", "val"} <= set(names):
+        if names and set(names) <= {"train", "val", "valid", "validation", "test"}:
+            raise files.Refused(f"has {' and '.join(n + '/' for n in names)}, but it takes train/ and val/")
+        return names, "", None
+    names = subfolders(root / "train")
+    for name in subfolders(root / "val"):
+        if name not in set(names):
+            raise files.Refused(f"val/{name} is no class of train/")
+    return names, "train", "val"
+
+
+def list_images(root, part, seed, count=None):
+    """(class names, names of files below root, their labels, names of those held out, other files by their
+    ending) of the part train or test.
+
+    count: classes to draw. Refused if there are too few classes or images.
+    """
+    classes, base, val = layout(root)
+    if len(classes) < max(2, count or 0):
+        raise files.Refused(f"{base and base + '/ '}has {len(classes)} folders of images, one a class, but "
+                            f"{count or 2} are needed")
     if count:
         classes = [classes[i] for i in draw(len(classes), count, seed)]
     above = {(s.st_dev, s.st_ino) for s in map(os.stat, [root.resolve(), *root.resolve().parents])}
-    names, labels, held_out, others = [], [], [], Counter()
+    names, labels, held_out, others, nested = [], [], [], Counter(), {}
     for label, name in enumerate(classes):
         inner = os.path.join(val if val and part == "test" else base, name)
         if not (root / inner).is_dir():
             continue                                      # a class that val/ does not test
         of_class, no_images = image_files(root / inner, above)
-        of_class = [os.path.join(inner, file) for file in of_class]
         others += no_images
+        if all(os.sep in file for file in of_class):
+            nested[inner] = {file.partition(os.sep)[0] for file in of_class}
+        of_class = [os.path.join(inner, file) for file in of_class]
         if not val:
             drawn_by = f"{seed} {name}".encode(errors="surrogateescape")
-            tested = set(draw(len(of_class), max(1, len(of_class) // 6), drawn_by))
-            test = [file for i, file in enumerate(of_class) if i in tested]
-            of_class = test if part == "test" else [f for i, f in enumerate(of_class) if i not in tested]
+            test = [of_class[i] for i in draw(len(of_class), max(1, len(of_class) // 6), drawn_by)]
+            of_class = test if part == "test" else sorted(set(of_class) - set(test))
             held_out += test
         if part == "train" and len(of_class) < 2:
             raise files.Refused(f"{inner} has too few images ({len(of_class)} to train on; there must be "
                                 "two)")
         names += of_class
         labels += [label] * len(of_class)
+    for one, other in itertools.combinations(nested, 2):
+        if len(nested[one] & nested[other]) > 1:
+            raise files.Refused(f"{one}/ and {other}/ hold no image but folders of the same names: if they "
+                                "are two parts, name them train/ and val/")
     if not names:
-        raise files.Refused("has no images to test on")
-    if others:
-        print(f"{root}: not taken for images: "
-              + ", ".join(f"{n} {end or 'without ending'}" for end, n in others.items()))
-    return classes, names, labels, held_out
+        raise files.Refused(f"{val}/ has no images to test on: they belong into {val}/CLASS/")
+    if val and part == "train":
+        list_images(root, "test", seed, count)            # what is wrong with it shows before the search
+    return classes, names, labels, held_out, others
+
+
+def refuse_inside(out, root):
+    """Refused if the folder of a run, `out`, lies in the folder of its images, where it would be a class."""
+    if root.resolve() in (out.resolve(), *out.resolve().parents):
+        raise files.Refused(f"the folder of the run, {out}, lies in it: take another --out")
+
+
+def size(path):
+    """Of a file in bytes; -1 if it is a dead link."""
+    return os.stat(path).st_size if os.path.exists(path) else -1
 
 
 def broken_of(root, names):
@@ -154,13 +178,12 @@ def broken_of(root, names):
         try:
             decode(os.path.join(root, name), small=True)
         except OSError as error:
-            broken.append((name, str(error)))
+            broken.append((name, str(error).partition(f"{name}: ")[2]))
     return broken
 
 
 def check(root, names, count, skip_broken):
-    """{name: what is wrong} of the files that cannot be decoded. Refused for the first, unless it is to be
-    skipped.
+    """{name: what is wrong} of the files that cannot be decoded; of the first few, unless they are skipped.
 
     Every process checks its shard of the files, and all learn what each has found.
     """
@@ -172,7 +195,7 @@ def check(root, names, count, skip_broken):
                       unit_scale=world_size * CHUNK, unit="image"):
         broken += processes.all_gather(found)
         if broken and not skip_broken:
-            raise files.Refused(f"{broken[0][1]}; --skip-broken leaves out what is broken")
+            break
     return dict(broken)
 
 
@@ -183,19 +206,23 @@ def load(root, part, seed, resolution, classes=None, count=None, skip_broken=Fal
     Refused, in one line, for what does not make a data set, or is broken.
     """
     count = cores() if count is None else count
-    class_names, names, labels, held_out = list_images(root, part, seed, classes)
-    listed = "\0".join([str(root.resolve()), *names]).encode(errors="surrogateescape")
-    digest = hashlib.sha256(listed).hexdigest()
+    if run:
+        refuse_inside(run, root)
+    class_names, names, labels, held_out, others = list_images(root, part, seed, classes)
+    if others:
+        print(f"{root}: not taken for images: "
+              + ", ".join(f"{n} {end or 'without ending'}" for end, n in others.items()))
+    listed = "\0".join(f"{name}\0{size(root / name)}" for name in names)
+    digest = hashlib.sha256(listed.encode(errors="surrogateescape")).hexdigest()
     if len(set(processes.all_gather([digest]))) > 1:
         raise files.Refused("is not the same for all processes")
-    known = processes.on_rank0(notes, run / "checked.json") if run else {}
-    broken = known.get(digest)
+    broken = processes.on_rank0(notes, run / "checked.json").get(digest) if run else None
     if broken is None:
         broken = check(root, names, count, skip_broken) if checked else {}
-    elif broken and not skip_broken:
-        raise files.Refused(f"{next(iter(broken.values()))}; --skip-broken leaves out what is broken")
-    for what in broken.values():
-        print(f"left out: {what}".encode(errors="backslashreplace").decode())
+    for name, what in broken.items():
+        if not skip_broken:
+            raise files.Refused(f"{name}: {what}; --skip-broken leaves out what is broken")
+        print(f"left out: {root / name}: {what}".encode(errors="backslashreplace").decode())
     whole = [i for i, name in enumerate(names) if name not in broken]
     labels = torch.tensor(labels)[whole]
     few = (torch.bincount(labels, minlength=len(class_names)) < 2).nonzero()

@@ -4,6 +4,7 @@ The oracles: idx files written by hand, known facts of Fashion-MNIST, counts of 
 image by image in Python for the same draws.
 """
 import gzip
+import importlib.util
 import itertools
 import pickle
 import struct
@@ -269,3 +270,26 @@ def test_cifar_without_a_network_says_where_the_archive_goes(monkeypatch, tmp_pa
     monkeypatch.setattr(data.CIFAR10, "download", offline)
     with pytest.raises(OSError, match=f"put cifar-10-python.tar.gz into {tmp_path}"):
         data.cifar("cifar10", "train", tmp_path)
+
+
+def test_a_cifar_archive_that_is_not_whole_is_not_told_as_missing(monkeypatch, tmp_path):
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", offline)
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"half of it")
+    with pytest.raises(OSError, match=r"cifar-10-python\.tar\.gz is not whole .*: delete it, or"):
+        data.cifar("cifar10", "train", tmp_path)
+
+
+def test_nobody_needs_a_home(monkeypatch):
+    """As in a container whose user has neither HOME nor a name."""
+    def nobody(number):
+        raise KeyError(number)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    spec = importlib.util.spec_from_file_location("anew", data.__file__)
+    anew = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(anew)
+    assert len(anew.load("fake", "train").labels) == 1200
+    with pytest.raises(OSError, match="cannot be downloaded .*home directory.*put cifar-10-python.tar.gz"):
+        anew.load("cifar10", "train")

@@ -4,8 +4,6 @@ workers.
 The oracles: files written by hand and with Pillow, torchvision's Resize and CenterCrop, its names of
 ImageNet's classes, and the same batch from other workers, another start and in shards.
 """
-from machinery import decode, flags, folder, workers
-
 import contextlib
 import itertools
 import json
@@ -22,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 from test_search import Countdown, contents, same
+from test_workers import few_files
 from torchvision.models._meta import _IMAGENET_CATEGORIES
 from torchvision.transforms import v2
 
@@ -30,6 +29,8 @@ import derive
 import flops
 import search
 import train
+from machinery import decode, flags, folder, workers
+from machinery.files import Refused
 from space import Arch
 
 ROOT = Path(__file__).parent.parent
@@ -157,6 +158,14 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     (["train/a", "train/b"], [], r"has train/, but it takes train/ and val/"),
     (["train/a", "test/a"], [], r"has test/ and train/, but"),
     (["train/a", "train/b", "val/z"], [], "val/z is no class of train/"),
+    (["Training/a", "Training/b", "Testing/a", "Testing/b"],
+     [f"{part}/{c}/{i}.png" for part in ("Training", "Testing") for c in "ab" for i in range(3)],
+     "Testing/ and Training/ hold no image but folders of the same names: .*train/ and val/"),
+    (["Train/a", "Train/b", "Val/a", "Val/b", "other"],
+     [f"{part}/{c}/{i}.png" for part in ("Train", "Val") for c in "ab" for i in range(3)]
+     + [f"other/{i}.png" for i in range(3)], "Train/ and Val/ hold no image but folders of the same names"),
+    (["train/a", "train/b", "val"], [f"train/{c}/{i}.png" for c in "ab" for i in range(2)] + ["val/0.png"],
+     "val/ has no images to test on: they belong into val/CLASS/"),
 ])
 def test_a_folder_of_another_layout_is_refused(tmp_path, folders, files, says):
     for name in folders:
@@ -165,6 +174,36 @@ def test_a_folder_of_another_layout_is_refused(tmp_path, folders, files, says):
         picture().save(tmp_path / name)
     with pytest.raises(ValueError, match=says):
         open_folder(tmp_path)
+
+
+def test_classes_that_each_keep_their_images_in_a_folder_are_no_parts(tmp_path):
+    for name in "ab":
+        write(tmp_path / name, ["images"])
+    assert open_folder(tmp_path).class_names == ["a", "b"]
+
+
+def test_a_run_is_no_class_of_its_images(tmp_path):
+    write(tmp_path / "photos", "ab")
+    (tmp_path / "link").symlink_to(tmp_path / "photos")
+    for out in ("photos", "photos/runs/001", "link/run", "photos/a/../b/run"):
+        with pytest.raises(Refused, match=f"the folder of the run, .*{out}, lies in it: take another --out"):
+            open_folder(tmp_path / "photos", run=tmp_path / out)
+    for out in ("run", "photos-run", "photos/../run"):
+        open_folder(tmp_path / "photos", run=tmp_path / out)
+
+
+def test_images_are_the_same_wherever_they_lie(tmp_path):
+    images, test = (open_folder(write(tmp_path / "a") if part == "train" else tmp_path / "a", part)
+                    for part in ("train", "test"))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "c").symlink_to(tmp_path / "b")
+    for root in (tmp_path / "b", tmp_path / "c"):
+        assert open_folder(root).digest == images.digest != test.digest == open_folder(root, "test").digest
+    with open(tmp_path / "b" / names(images)[0], "ab") as file:
+        file.write(b"more")
+    assert open_folder(tmp_path / "b").digest != images.digest
+    (tmp_path / "a" / names(images)[0]).rename(tmp_path / "a" / "a" / "new.png")
+    assert open_folder(tmp_path / "a").digest != images.digest
 
 
 @pytest.mark.slow
@@ -243,6 +282,34 @@ def test_a_photograph_on_its_side_is_turned(tmp_path, orientation, turned):
     assert np.array_equal(decoded(tmp_path / "a.png", picture(), exif=exif), turned(np.asarray(picture())))
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF"])
+def test_a_file_of_one_format_may_have_the_ending_of_another(kind, tmp_path):
+    more = {"append_images": [picture(1)], "save_all": True} if kind == "MPO" else {}
+    assert decoded(tmp_path / "x.jpg", picture(), format=kind, **more).shape == (10, 12, 3)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "ICO", "JPEG2000", "PCX", "TGA"])
+def test_other_formats_are_not_opened_whatever_their_ending(kind, tmp_path):
+    """A PostScript file would be run by Ghostscript."""
+    with pytest.raises(OSError, match=r"x\.jpg: is no image"):
+        decoded(tmp_path / "x.jpg", picture(), format=kind)
+
+
+def test_what_is_no_regular_file_is_no_image(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    (tmp_path / "b.jpg").mkdir()
+    (tmp_path / "c.jpg").symlink_to("/dev/zero")
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        with pytest.raises(OSError, match=f"{name}: is no regular file"):
+            decoded(tmp_path / name)
+
+
+def test_an_image_is_not_broken_because_there_are_no_file_descriptors(tmp_path):
+    picture().save(tmp_path / "a.png")
+    with few_files(0), pytest.raises(Refused, match=r"a\.png: Too many open files: take fewer --workers"):
+        decoded(tmp_path / "a.png")
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (3, 2000)])
 def test_images_one_pixel_wide(tmp_path, size):
     write(tmp_path, "ab")
@@ -273,6 +340,14 @@ def stream(loader, *position, start=0, n=6, shard=(0, 1), index=None):
 
 def equal(one, other):
     return all(torch.equal(x, z) and torch.equal(y, w) for (x, y), (z, w) in zip(one, other, strict=True))
+
+
+def test_shared_memory_is_not_needed(tmp_path):
+    """What workers are told and what they answer holds no tensor, which would travel through /dev/shm."""
+    images = open_folder(write(tmp_path, "ab"))
+    chunk, = decode.chunks_of(torch.arange(4), data.generator(0))
+    assert {type(value) for part in chunk for value in part} == {int}
+    assert {type(array) for array in decode.Decoder(images)(chunk)} == {np.ndarray}
 
 
 def test_batches_do_not_depend_on_workers_starts_or_other_draws(tmp_path, monkeypatch):
@@ -368,7 +443,7 @@ def broken(root):
 
 @pytest.mark.parametrize("count", [0, 2])
 def test_broken_files_are_refused_by_name_or_left_out(tmp_path, count, capsys):
-    (tmp_path / "val" / "a").mkdir(parents=True)
+    write(tmp_path / "val", "a", each=1)
     bad = [f"train/{name}" for name in broken(write(tmp_path / "train", each=8))]
     with pytest.raises(ValueError, match=r"train/a/1\.jpg: .*truncated.*; --skip-broken"):
         open_folder(tmp_path, count=count)
@@ -432,7 +507,7 @@ def test_a_search_leaves_its_classes_and_its_split(searched):
     assert split["test"] == images.held_out and split["architecture"] == alphas
     assert not {bad, *split["test"]} & set(names(images)) and set(alphas) < set(names(images))
     assert list(json.loads((run / "checked.json").read_text()).values()) == [
-        {bad: f"{root / bad}: is no image"}]
+        {bad: "is no image"}]
     arch = Arch.from_json((run / "A1.json").read_text())
     assert (arch.in_channels, arch.classes, arch.resolution) == (3, 4, 16)
 
