@@ -94,7 +94,7 @@ def train_stage(supernet, teacher, loader, parts, args, run):
             history = [*run.state["history"], [step + 1, supernet.probabilities()]]
             run.state["history"] = []
             run.log({"stage": stage, "epoch": step // epoch_length, "temperature": tau, "lambda": lam,
-                     "expected_macs": float(expected_macs(supernet, costs)), "alphas": history})
+                     "expected_macs": expected_macs(supernet, costs).item(), "alphas": history})
 
 
 def backward(supernet, teacher, batch, seed, tau, lam, pieces):

@@ -11,7 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 from torchvision.ops import SqueezeExcitation
 
-import derive
+import network
 import ops
 import supernet
 from space import Arch, ArchBlock, Block, Space
@@ -40,7 +40,7 @@ def without_norm(put=setattr):
 
     put: monkeypatch.setattr, which puts it back.
     """
-    for module in (ops, supernet, derive):
+    for module in (ops, supernet, network):
         put(module, "norm", lambda x, layer: x)
 
 

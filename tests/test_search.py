@@ -2,8 +2,8 @@
 images, it trains as the paper says.
 
 The oracles: Figure 2's box written out, five steps of w and one of alpha, each on its own part of the images,
-by Eq. 4, at falling temperature and lambda, gradients by autograd and every update by its formula; and a second
-run, with the same seed, with another, undisturbed beside interrupted.
+by Eq. 4, at falling temperature and lambda, gradients by autograd and every update by its formula; and a
+second run, with the same seed, with another, undisturbed beside interrupted.
 """
 from machinery.run import Run
 
@@ -215,7 +215,7 @@ def test_the_same_seed_gives_the_same_run(undisturbed, tmp_path):
 def test_another_seed_gives_another_run(undisturbed, tmp_path):
     other = run(tmp_path / "other", "--seed", "1")
     assert not same(undisturbed, other)
-    assert undisturbed["log"] != other["log"] and undisturbed["A0"] != other["A0"]
+    assert undisturbed["log"] != other["log"]
 
 
 def test_the_log_has_probabilities_of_every_few_steps(undisturbed):
