@@ -1,45 +1,53 @@
 """The most likely network under a budget, exactly: dynamic programming over the widths (Viterbi).
 
-A network is a chain of choices, and what a block costs depends on its own choices and the width before
-it. So for a given price of a MAC the best network, the one of the largest log-likelihood - price x MACs,
-is found exactly by dynamic programming over the widths, the price that meets a budget by bisection, and
-what it misses by a short search. The same goes for parameters and for time: one mechanism, three costs.
+A network is a chain of choices, and what a block costs depends on its own choices and the width before it.
+So for a given penalty on a MAC the best network, the one of the largest log-likelihood - penalty x MACs, is
+found exactly by dynamic programming over the widths. Bisection finds the penalty that meets a budget, and a
+short search the network in the gap that it leaves. Parameters and time have budgets in the same way.
 
 Costs are whole numbers (MACs, parameters, nanoseconds), so that sums of them are exact in any order.
 log_p: for each block the log-probabilities (operations,), (expansions,), (widths,), float64.
 table: `flops.Costs`.
+penalty: nats a unit of cost. A negative one rewards cost.
 """
+from machinery.files import Refused
+
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
 from flops import bounds
 
 
-def viterbi(log_p, table, price):
-    """The options of the network with the largest log-likelihood - price x cost, its log-likelihood, and
-    its cost.
+class Solution(NamedTuple):
+    """A network of a space: for each block (operation, expansion, width) as indices, and what it is worth."""
+    options: list
+    log_likelihood: float
+    cost: float
 
-    price: nats a unit of cost, of either sign.
-    """
-    return viterbi_list(log_p, table, price, 1)[0]
+
+def viterbi(log_p, table, penalty):
+    """The `Solution` of the largest log-likelihood - penalty x cost."""
+    return viterbi_list(log_p, table, penalty, 1)[0]
 
 
 @torch.no_grad()
-def viterbi_list(log_p, table, price, count):  # task 5.4
-    """The `count` best networks by log-likelihood - price x cost, best first; as `viterbi` gives one.
+def viterbi_list(log_p, table, penalty, count):  # task 5.4
+    """The `count` best `Solution`s by log-likelihood - penalty x cost, best first.
 
     Dynamic programming over the width between two blocks: for each width the `count` best beginnings that
     end in it.
     """
     score, back = torch.zeros(1, 1, dtype=torch.float64), []  # (widths, beginnings)
     for p, cost in zip(log_p, table.blocks):
-        gain = (likelihoods(p) - price * cost).flatten(1, 2)                             # (i, op x e, o)
+        gain = (joint(p) - penalty * cost).flatten(1, 2)                                 # (i, op x e, o)
         every = (score[:, :, None, None] + gain[:, None]).flatten(0, 2)  # (i x beginnings x op x e, o)
         best, chosen = every.topk(min(count, len(every)), 0)
         back.append((chosen, score.shape[1], cost.shape[1:3]))
         score = best.T
-    ends = (score - price * table.head[:, None]).flatten()
-    networks = []
+    ends = (score - penalty * table.head[:, None]).flatten()
+    solutions = []
     for end in ends.topk(min(count, len(ends))).indices.tolist():
         width, rank = divmod(end, score.shape[1])
         likelihood, total, options = 0.0, table.fixed + float(table.head[width]), []
@@ -51,75 +59,90 @@ def viterbi_list(log_p, table, price, count):  # task 5.4
             likelihood += float(p[0][op] + p[1][expansion] + p[2][width])
             total += float(cost[before, op, expansion, width])
             width = before
-        networks.append((options[::-1], likelihood, total))
-    return networks
+        solutions.append(Solution(options[::-1], likelihood, total))
+    return solutions
 
 
-def likelihoods(p):
-    """One block's log-probabilities (operations,), (expansions,), (widths,) added up: (1, op, e, o)."""
+def joint(p):
+    """The sums of one block's log-probabilities (operations,), (expansions,), (widths,): (1, op, e, o)."""
     op, expansion, width = p
     return op.view(1, -1, 1, 1) + expansion.view(1, 1, -1, 1) + width.view(1, 1, 1, -1)
 
 
 @torch.no_grad()
 def most_likely(log_p, table, budget):
-    """The options of the most likely network whose cost is at most `budget`, its log-likelihood, and its
-    cost. Exact.
+    """The most likely `Solution` whose cost is at most `budget`. Exact.
 
-    A price (Viterbi) and its bisection find a good network within the budget and an upper bound for any.
-    What lies between the two is small, so few beginnings of networks could still end in a better one:
-    these are followed block by block, and of those that end in the same width, one that is dearer and
-    less likely than another is dropped.
+    Bisection gives a good network within the budget, and its penalty an upper bound for any (Lagrangian
+    relaxation). `close_gap` searches what lies between the two, which is little.
     """
     free = viterbi(log_p, table, 0.0)
-    if free[2] <= budget:
+    if free.cost <= budget:
         return free
-    price, best = bisect(log_p, table, budget, 0.0)
-    return within(log_p, table, budget, price, best)
+    return close_gap(log_p, table, budget, *bisect(log_p, table, budget, 0.0))
+
+
+def spend(log_p, table, budget, share=0.95):
+    """A likely `Solution` that spends a budget: at most all of it, and if any does, at least this share.
+
+    It is the most likely one within the budget, exactly, if that costs enough. Else cost is rewarded until
+    networks come near the budget: of the 256 best at this reward, it is the best that costs enough.
+    """
+    solution = most_likely(log_p, table, budget)
+    if solution.cost >= share * budget:
+        return solution
+    penalty, nearest = bisect(log_p, table, budget, -1e3 / budget)
+    listed = viterbi_list(log_p, table, penalty, 256)
+    return next((s for s in listed if share * budget <= s.cost <= budget), nearest)
 
 
 def bisect(log_p, table, budget, low):
-    """(a price, the most likely network that it gives within `budget`), by bisection from the price `low` up.
+    """(a penalty, the most likely `Solution` that it gives within `budget`), by bisection from `low` up.
 
-    From a negative price, which rewards cost, the network comes near to budgets beyond the most likely
-    network as well. ValueError, with the bounds, if the budget lies below the cheapest network.
+    A negative `low` comes near to budgets beyond the most likely network as well. ValueError, with the
+    bounds, if the budget lies below the cheapest network.
     """
     least, most = bounds(table)
     if budget < least:
         raise ValueError(f"{budget:,.0f} is below the cheapest network, of {least:,.0f} (the dearest: "
                          f"{most:,.0f})")
-    while low < 0 and viterbi(log_p, table, low)[2] < min(budget, most) * (1 - 1e-9):
-        low *= 4                                    # a reward too small to reach the budget
+    while low < 0 and viterbi(log_p, table, low).cost < min(budget, most) * (1 - 1e-9):
+        low *= 4                                    # the reward is too small to reach the budget
     high = 1 / budget
-    while (best := viterbi(log_p, table, high))[2] > budget:
+    while (best := viterbi(log_p, table, high)).cost > budget:
         high *= 4
     for _ in range(60):
         middle = (low + high) / 2
-        found = viterbi(log_p, table, middle)
-        if found[2] > budget:
+        solution = viterbi(log_p, table, middle)
+        if solution.cost > budget:
             low = middle
         else:
-            high, best = middle, found
+            high, best = middle, solution
     return high, best
 
 
-def within(log_p, table, budget, price, best):
-    """`most_likely`'s exact part: the best of all networks within the budget, given a good one, a price."""
-    ahead, gains = [-price * table.head], []  # the most that log-likelihood - price x cost can still gain
+def close_gap(log_p, table, budget, penalty, best):
+    """The most likely of all `Solution`s within `budget`, given what `bisect` returns.
+
+    Follows block by block the few beginnings of networks that can still end in a better one than `best`. Of
+    those that end in the same width, one that is dearer and less likely than another is dropped.
+    """
+    ahead, gains = [-penalty * table.head], []  # the most that log-likelihood - penalty x cost can still gain
     for p, cost in zip(reversed(log_p), reversed(table.blocks)):
-        gains.append(likelihoods(p) - price * cost)
+        gains.append(joint(p) - penalty * cost)
         ahead.append((gains[-1] + ahead[-1]).amax((1, 2, 3)))
-    floor = best[1] - price * (budget - table.fixed) - 1e-9  # what a better network must reach at least
+    # What a better network must reach at least
+    floor = best.log_likelihood - penalty * (budget - table.fixed) - 1e-9
     # Beginnings of networks, a tensor each: their last width, log-likelihood, cost, and the one that they
     # go on from.
     width, likelihood = torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.float64)
     cost = likelihood + table.fixed
     trail, remaining = [], cheapest_ends(table)
     for n, (p, costs_n) in enumerate(zip(log_p, table.blocks)):
-        score = (likelihood - price * (cost - table.fixed)).view(-1, 1, 1, 1)
-        keep = score + gains[-1 - n][width] + ahead[-2 - n] >= floor
-        keep &= cost.view(-1, 1, 1, 1) + costs_n[width] + remaining[n + 1] <= budget
-        parent, op, expansion, out = keep.nonzero(as_tuple=True)
+        score = (likelihood - penalty * (cost - table.fixed)).view(-1, 1, 1, 1)
+        hopeful = score + gains[-1 - n][width] + ahead[-2 - n] >= floor
+        hopeful &= cost.view(-1, 1, 1, 1) + costs_n[width] + remaining[n + 1] <= budget
+        parent, op, expansion, out = hopeful.nonzero(as_tuple=True)
         cost = cost[parent] + costs_n[width[parent], op, expansion, out]
         likelihood = likelihood[parent] + p[0][op] + p[1][expansion] + p[2][out]
         order = torch.from_numpy(np.lexsort((-likelihood, cost, out)))  # by width, then cost, then likelihood
@@ -132,14 +155,14 @@ def within(log_p, table, budget, price, best):
         cost = cost[order]
         trail.append((parent[order], op[order], expansion[order], width))
     cost = cost + table.head[width]
-    if not len(cost) or likelihood.max() <= best[1]:
+    if not len(cost) or likelihood.max() <= best.log_likelihood:
         return best
     end = label = int(likelihood.argmax())
     options = []
     for parent, op, expansion, width in reversed(trail):
         options.append((int(op[label]), int(expansion[label]), int(width[label])))
         label = int(parent[label])
-    return options[::-1], float(likelihood[end]), float(cost[end])
+    return Solution(options[::-1], float(likelihood[end]), float(cost[end]))
 
 
 def cheapest_ends(table):
@@ -150,44 +173,47 @@ def cheapest_ends(table):
     return ends[::-1]
 
 
-def choose(spaces, budget, show, near=False):
-    """The network for a budget from several stages: (lost, which, (options, log-likelihood, cost)).
+def choose_stage(spaces, budget, show, nearest=False):
+    """(which stage, its `Solution`) for a budget, from the (log_p, table) of each of several stages.
 
-    spaces: (log_p, table) of each stage. Log-likelihoods of different spaces do not compare. What the budget
-    takes from a stage's most likely network does, in nats: the stage that loses the least (of equals the
-    last) searched networks of this size.
-    near: not the most likely within the budget, but what comes nearest to it from below at a price, even a
-    negative one. ValueError, with the bounds as `show` writes them, for a budget that no network meets, or
-    every one does.
+    Log-likelihoods of different spaces do not compare. The nats that a stage's most likely network loses to
+    the budget do: the stage that loses the least, and of equals the last, searched networks of this size.
+    nearest: the `Solution` is not the most likely within the budget, but the one at the penalty or reward
+    that comes nearest to it from below. Refused, with bounds as `show` writes them, if no stage spans it.
     """
     best, ends = None, []
     for which, (log_p, table) in enumerate(spaces):
         ends += bounds(table)
         if not ends[-2] <= budget <= ends[-1]:
             continue
-        found = bisect(log_p, table, budget, -1e3 / budget)[1] if near else most_likely(log_p, table, budget)
-        lost = viterbi(log_p, table, 0.0)[1] - found[1]
+        if nearest:
+            _, solution = bisect(log_p, table, budget, -1e3 / budget)
+        else:
+            solution = spend(log_p, table, budget)
+        lost = viterbi(log_p, table, 0.0).log_likelihood - solution.log_likelihood
         if best is None or lost <= best[0]:
-            best = lost, which, found
+            best = lost, which, solution
     if best is None:
-        raise ValueError(f"{show(budget)} is out of reach: networks have {show(min(ends))} to "
-                         f"{show(max(ends))}")
-    return best
+        raise Refused(f"{show(budget)} is out of reach: networks have {show(min(ends))} to {show(max(ends))}")
+    return best[1:]
 
 
 def alternatives(log_p, table, budget, count):
-    """Up to `count` of the most likely networks near and within a budget, as by `viterbi`, best first.
+    """Up to `count` of the most likely `Solution`s near and within a budget, best first.
 
-    The first is exact. The others are those that are best at the budget's price and lie within it; the price
-    lists networks on both sides of the budget: ever more, until enough lie within.
+    The first is by `spend`. The others are those that are best at the budget's penalty and lie within it. The
+    list at this penalty has networks on both sides of the budget, and grows until enough lie within.
     """
-    first = most_likely(log_p, table, budget)
-    price = 0.0 if viterbi(log_p, table, 0.0)[2] <= budget else bisect(log_p, table, budget, 0.0)[0]
+    first = spend(log_p, table, budget)
+    free = viterbi(log_p, table, 0.0).cost
+    low = -1e3 / budget if free < first.cost else 0.0                    # the first was rewarded for its cost
+    penalty = 0.0 if free == first.cost else bisect(log_p, table, budget, low)[0]
     found, length = [], 4 * count
     while len(found) < count:
-        listed = viterbi_list(log_p, table, price, length)
-        found = [first, *(n for n in listed if n[2] <= budget and n[0] != first[0])][:count]
+        listed = viterbi_list(log_p, table, penalty, length)
+        others = [s for s in listed if s.cost <= budget and s.options != first.options]
+        found = [first, *others][:count]
         if len(listed) < length or length >= 1024:                         # there are no more, or too many
             break
         length *= 4
-    return sorted(found, key=lambda network: -network[1])
+    return sorted(found, key=lambda solution: -solution.log_likelihood)

@@ -4,10 +4,11 @@
     python derive.py runs/001 --flops 2M
     python derive.py runs/001 --latency 2ms      # measured here, for one image
 
-A network is a chain of choices, and what a block costs depends on its own choices and the width before
-it: so the most likely one under a budget is found exactly (budget.py).
+A network is a chain of choices, and what a block costs depends on its own choices and the width before it.
+So the most likely network under a budget is found exactly (budget.py).
 """
 from machinery import files, flags, folder, latency, processes
+from machinery.files import Refused
 
 import itertools
 import json
@@ -20,50 +21,19 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from budget import alternatives, choose, most_likely, viterbi
-from flops import amount, bounds, costs, expected, macs, params
+from budget import alternatives, choose_stage, spend, viterbi
+from flops import Layer, bounds, costs, each, macs, params
 from network import Network
-from scaling import scale  # noqa
-from space import CANDIDATES, SPACES, Arch, ArchBlock
+from space import CANDIDATES, SPACES, Arch, ArchBlock, round8
 from supernet import CHOICES, SuperNet
 
 RECALIBRATION = 32              # training batches that measure a derived network's batch-norm statistics
 
 
-@torch.no_grad()
-def inherit(network, supernet):  # task 5.2
-    """Copy the supernet's weights into a derived `network`, which is returned.
-
-    Every width is a prefix, so a tensor of the network is the leading corner of the supernet's. The supernet
-    keeps no batch-norm statistics: `recalibrate` measures them.
-    """
-    pairs = [(network.get_submodule(name), supernet.get_submodule(name))
-             for name in ("stem", "stem_norm", "head", "head_norm", "classifier")]
-    for mine, chosen, mixed in zip(network.blocks, network.arch.blocks, supernet.blocks, strict=True):
-        pairs.append((mine, mixed.candidates[list(CANDIDATES).index(chosen.op)]))
-    for mine, theirs in pairs:
-        source = theirs.state_dict()
-        for name, tensor in mine.named_parameters():
-            tensor.copy_(source[name][tuple(slice(n) for n in tensor.shape)])
-    return network
-
-
-def arch(supernet, options):
-    """The `Arch` of one option a choice: for each block (operation, expansion, width) as indices."""
-    space, blocks, width = supernet.space, [], supernet.space.stem
-    for mixed, (op, expansion, chosen) in zip(supernet.blocks, options, strict=True):
-        block = mixed.block
-        blocks.append(ArchBlock(list(CANDIDATES)[op], block.hidden(width, expansion), block.widths[chosen],
-                                block.stride, block.residual, block.expand))
-        width = block.widths[chosen]
-    return Arch(space.name, space.stage, space.resolution, supernet.stem.in_channels,
-                supernet.classifier.out_features, space.stem, space.head, tuple(blocks))
-
-
 def log_probabilities(supernet):
     """For each block the log-softmax of its three logits (operations,), (expansions,), (widths,), in float64.
 
-    Differentiable in alpha. A choice with one option has log-probability 0.
+    A choice with one option has log-probability 0.
     """
     alphas, single = supernet.alphas(), torch.zeros(1, dtype=torch.float64)
     every = torch.cat(alphas).cpu().double()                                 # the device is read once
@@ -72,24 +42,47 @@ def log_probabilities(supernet):
     return [tuple(block.get(name, single) for name in CHOICES) for block in found]
 
 
-def space_costs(supernet, cost="macs"):
+def space_costs(supernet, cost=Layer.macs):
     """The `flops.Costs` of the supernet's space, for its own images and classes."""
     return costs(supernet.space, supernet.stem.in_channels, supernet.classifier.out_features, cost)
 
 
-def expected_macs(supernet, table):
-    """The mean MACs of the networks that are sampled, differentiable in alpha; `table` from `space_costs`."""
-    return expected(table, [tuple(p.exp() for p in block) for block in log_probabilities(supernet)])
+def arch_of(supernet, options):
+    """The `Arch` of one option a choice: for each block (operation, expansion, width) as indices."""
+    space, blocks, width = supernet.space, [], supernet.space.stem
+    for block, (op, expansion, chosen) in zip(space.blocks, options, strict=True):
+        blocks.append(ArchBlock(list(CANDIDATES)[op], block.hidden(width, expansion), block.widths[chosen],
+                                block.stride, block.residual, block.expand))
+        width = block.widths[chosen]
+    return Arch(space.name, space.stage, space.resolution, supernet.stem.in_channels,
+                supernet.classifier.out_features, space.stem, space.head, tuple(blocks))
 
 
 def derive(supernet, flops=None):
-    """The supernet's most likely network, as an `Arch`; with `flops`, the most likely of at most so many
-    MACs (exactly).
+    """The supernet's most likely network, as an `Arch`; with `flops`, the most likely that spends so many
+    MACs: at most all of them, and at least 95 % (`budget.spend`).
 
     ValueError if even the cheapest network has more.
     """
     log_p, table = log_probabilities(supernet), space_costs(supernet)
-    return arch(supernet, (most_likely(log_p, table, flops) if flops else viterbi(log_p, table, 0.0))[0])
+    solution = spend(log_p, table, flops) if flops else viterbi(log_p, table, 0.0)
+    return arch_of(supernet, solution.options)
+
+
+@torch.no_grad()
+def inherit(network, supernet):  # task 5.2
+    """Copy the supernet's weights into a derived `network`, which is returned.
+
+    Both hold their tensors in the same order. Every width is a prefix, so a tensor of the network is the
+    leading corner of the supernet's. Batch-norm statistics are left to `recalibrate`.
+    """
+    chosen = [mixed.candidates[list(CANDIDATES).index(block.op)]
+              for block, mixed in zip(network.arch.blocks, supernet.blocks, strict=True)]
+    theirs = nn.ModuleList([supernet.stem, supernet.stem_norm, *chosen, supernet.head, supernet.head_norm,
+                            supernet.classifier])
+    for tensor, source in zip(network.parameters(), theirs.parameters(), strict=True):
+        tensor.copy_(source[tuple(slice(n) for n in tensor.shape)])
+    return network
 
 
 @torch.no_grad()
@@ -112,48 +105,75 @@ def recalibrate(network, batches):  # task 5.3
 
 @torch.no_grad()
 def evaluate(network, loader, index):
-    """The share of the images at `index` that `network` names right, in eval mode: in [0, 1].
+    """The accuracy of `network`, in eval mode, on the images at `index`: in [0, 1].
 
-    Of many processes each looks at its share of them.
+    Each of several processes looks at its share of the images.
     """
     network.eval()
-    rank, n = processes.shard()
-    right = torch.zeros(1, device=loader.device)
-    for x, y in loader.ordered(index[rank::n]):
-        right += (network(x).argmax(1) == y).sum()
-    return float(processes.all_reduce_sum(right)) / len(index)
+    rank, world_size = processes.shard()
+    correct = torch.zeros(1, device=loader.device)
+    for x, y in loader.ordered(index[rank::world_size]):
+        correct += (network(x).argmax(1) == y).sum()
+    return float(processes.all_reduce_sum(correct)) / len(index)
 
 
 def evaluate_derived(arch, supernet, loader, parts, *position):
-    """(network, accuracy): `arch` with the supernet's weights, its batch norm recalibrated on the first
-    of the two `parts` of the training data, and its accuracy on the second. `position` seeds the order of
-    the batches.
+    """(network, accuracy): `arch` with the supernet's weights, recalibrated on the first of the two `parts`
+    of the training data and evaluated on the second. `position` seeds the order of the batches.
     """
     network = inherit(Network(arch).to(loader.device), supernet).requires_grad_(False)
     recalibrate(network, itertools.islice(loader.shuffled(parts[0], *position), RECALIBRATION))
     return network, evaluate(network, loader, parts[1])
 
 
-def open_supernet(run, stage):
-    """The supernet of a run's stage, on the CPU, from A<stage>.json and A<stage>.pt in the run's folder.
+def scale(arch, stage, target):
+    """Compound scaling (Fig. 5): `arch` in larger widths and depths, as the network of a later `stage`, of at
+    most `target` MACs. Refused if not even `arch` fits.
 
-    files.Refused if these are not what a search writes.
+    The paper leaves its multipliers open. Depth 1.2^phi and width 1.1^phi are EfficientNet's (Tan and Le
+    2019); phi is the largest, in steps of 0.05, that fits. Stem, head and resolution stay. Widths go in the
+    steps of the space's own table, so that phi = 0 is `arch` itself. Rows of equal depth get a block at the
+    same phi, so the last steps may leave much of the target unused.
     """
-    network, weights = run / f"A{stage}.json", run / f"A{stage}.pt"
-    try:
-        found = Arch.from_json(network.read_text())
-    except ValueError as error:
-        raise files.Refused(f"{network}: {error}") from None
-    if found.space not in SPACES or found.stage != stage:
-        raise files.Refused(f"{network}: no network of A{stage} of {' or '.join(SPACES)}")
-    space = SPACES[found.space][stage]._replace(resolution=found.resolution)
+    best, phi = None, 0.0
+    while macs(larger := scaled(arch, stage, 1.2 ** phi, 1.1 ** phi)) <= target:
+        best, phi = larger, phi + 0.05
+    if best is None:
+        raise Refused(f"the network of {macs(arch):,} MACs does not fit into {target:,.0f} at all")
+    return best
+
+
+def scaled(arch, stage, depth, width):
+    """`arch` with every row's depth and every block's widths multiplied; a row's last block is repeated."""
+    starts, blocks = [n for n, b in enumerate(arch.blocks) if not b.residual], []
+    steps = [b.widths[1] - b.widths[0] for b in SPACES[arch.space][arch.stage].blocks if not b.residual]
+    for start, end, step in zip(starts, [*starts[1:], None], steps, strict=True):
+        row = arch.blocks[start:end]
+        more = round(len(row) * depth) - len(row)
+        for b in [*row, *[row[-1]._replace(stride=1, residual=True, expand=True)] * more]:
+            inputs = blocks[-1].out if blocks else arch.stem
+            hidden = round8(b.hidden * width) if b.expand else inputs
+            blocks.append(b._replace(hidden=hidden, out=int(b.out * width / step + 0.5) * step))
+    return arch._replace(stage=stage, blocks=tuple(blocks))
+
+
+def open_supernet(run, stage):
+    """The supernet of a run's stage, on the CPU, from A<stage>.json and A<stage>.pt in the folder `run`.
+
+    Refused if these are not what a search writes.
+    """
+    file, weights = run / f"A{stage}.json", run / f"A{stage}.pt"
+    arch = flags.read_arch(file)
+    if arch.space not in SPACES or arch.stage != stage:
+        raise Refused(f"{file}: no network of A{stage} of {' or '.join(SPACES)}")
+    space = SPACES[arch.space][stage]._replace(resolution=arch.resolution)
     with torch.device("meta"):                      # takes no memory for what the file does not hold
-        supernet = SuperNet(space, found.in_channels, found.classes)
+        supernet = SuperNet(space, arch.in_channels, arch.classes)
     try:
         supernet.load_state_dict(files.load_checkpoint(weights), assign=True)
     except RuntimeError as error:
         why = " ".join(str(error).split()[:12])
-        raise files.Refused(f"{weights} is not the supernet of {network.name} ({why} ..)") from None
+        raise Refused(f"{weights} is not the supernet of {file.name} ({why} ..)") from None
     return supernet
 
 
@@ -163,8 +183,9 @@ def parser():
     p.add_argument("--stage", type=int, choices=range(5),
                    help="one of A0..A4 (all that the run has; without a budget its last)")
     g = p.add_mutually_exclusive_group()
-    g.add_argument("--flops", type=amount, metavar="F", help="a budget of MACs, as in 2M; suffixes k, M, G")
-    g.add_argument("--params", type=amount, metavar="P", help="a budget of parameters, as in 100k")
+    g.add_argument("--flops", type=flags.amount, metavar="F",
+                   help="a budget of MACs, as in 2M; suffixes k, M, G")
+    g.add_argument("--params", type=flags.amount, metavar="P", help="a budget of parameters, as in 100k")
     g.add_argument("--latency", type=latency.duration, metavar="T",
                    help="a budget of time for one image on this machine's CPU, as in 2ms; suffixes us, ms, "
                    "s. What layers take is measured, and kept in the run's latency.json")
@@ -178,124 +199,96 @@ def parser():
 
 @flags.command
 def main(argv=None):
-    p = parser()
-    args = p.parse_args(argv)
+    args = parser().parse_args(argv)
     if args.points and args.refine > 1:
-        p.error("--refine is for one budget, not for --points")
+        raise Refused("--refine is for one budget, not for --points")
     if 0 in (args.flops, args.params):
-        p.error("a budget must be above 0")
-    try:
-        files.read_json(args.run / "args.json")
-        stages = [k for k in range(5) if (args.run / f"A{k}.pt").exists() and args.stage in (None, k)]
-        supernets = [open_supernet(args.run, k) for k in stages]
-    except (OSError, ValueError, RecursionError) as error:
-        p.error(f"{args.run} is not the folder of a run ({error})")
+        raise Refused("a budget must be above 0")
+    files.read_json(args.run / "args.json")                                 # else it is no run
+    stages = [k for k in range(5) if (args.run / f"A{k}.pt").exists() and args.stage in (None, k)]
+    supernets = [open_supernet(args.run, k) for k in stages]
     if not supernets:
-        p.error(f"{args.run} has no A{'0' if args.stage is None else args.stage}.pt: no such stage was "
-                "finished")
-    right = measurer(args.run) if args.points or args.refine > 1 else None
+        raise Refused(f"{args.run} has no A{args.stage or 0}.pt: no such stage was finished")
+    accuracy = evaluator(args.run) if args.points or args.refine > 1 else None
     if args.points:
-        name, content = "points", json.dumps(front(supernets, args.points, right), indent=1) + "\n"
+        name, text = "points", json.dumps(front(supernets, args.points, accuracy), indent=1) + "\n"
     else:
-        name, found = likely(p, args, supernets, right)
-        content = found.to_json()
+        name, arch = under_budget(args, supernets, accuracy)
+        text = arch.to_json()
     path = args.out or args.run / f"{name}.json"
-    try:
-        files.write(path, content)
-    except OSError as error:
-        p.error(f"{path}: {error.strerror}")
+    files.write(path, text)
     print(f"written: {path}")
 
 
-def measurer(run):
-    """A function of a supernet of the run and one of its networks, (options, ..), that says its accuracy on
-    the architecture part of the run's images.
-    """
-    ran = flags.settings_of(run)
-    images = flags.load_images(ran, "train", run)
+def evaluator(run):
+    """A function (supernet, arch) -> accuracy on the architecture part of the run's images."""
+    args = flags.settings_of(run)
+    images = flags.load_images(args, "train", run)
     folder.unchanged(images, run)
-    parts = data.split(images.labels, ran.seed)
-    loader = images.loader(images.statistics(parts[0]), ran.batch_size)
-    return lambda supernet, found: evaluate_derived(
-        arch(supernet, found[0]), supernet, loader, parts, ran.seed)[1]
+    parts = data.split(images.labels, args.seed)
+    loader = images.loader(images.statistics(parts[0]), args.batch_size)
+    return lambda supernet, arch: evaluate_derived(arch, supernet, loader, parts, args.seed)[1]
 
 
-def front(supernets, points, right):
-    """Rows of `points` networks from the cheapest to the dearest, evenly on a logarithmic scale of MACs, each
-    measured by `right`.
-    """
+def front(supernets, points, accuracy):
+    """Rows of `points` networks from the cheapest to the dearest, evenly on a logarithmic scale of MACs."""
     spaces = [(log_probabilities(supernet), space_costs(supernet)) for supernet in supernets]
-    ends, rows = [end for _, table in spaces for end in bounds(table)], []
-    for budget in np.geomspace(min(ends), max(ends), points):
-        _, which, found = choose(spaces, min(max(budget, min(ends)), max(ends)), str, near=True)
-        rows.append(told(supernets[which], found, right(supernets[which], found)))
-    return rows
+    ends = [end for _, table in spaces for end in bounds(table)]
+    budgets = np.geomspace(min(ends), max(ends), points).clip(min(ends), max(ends))
+    chosen = [choose_stage(spaces, budget, str, nearest=True) for budget in budgets]
+    return [report(supernets[which], solution, accuracy) for which, solution in chosen]
 
 
-def likely(p, args, supernets, right):
-    """(name of its file, network): the most likely within the budget that `args` names, or without one the
-    last supernet's; of args.refine likely ones the best by `right`. A budget out of reach ends in p.error.
+def under_budget(args, supernets, accuracy):
+    """(name of its file, `Arch`): the most likely network within the budget that `args` names, or without one
+    the last supernet's. Of args.refine likely ones it is the most accurate.
     """
     budget = args.flops or args.params or args.latency
-    try:
-        if args.latency:
-            show, name = latency.show, f"latency-{budget / 1e6:g}ms"
-            tables = measured_costs(supernets, args.run / "latency.json")
-        elif budget:
-            name, cost = ("flops", "macs") if args.flops else ("params", "params")
-            show, name = f"{{:,.0f}} {cost}".format, f"{name}-{budget:.0f}"
-            tables = [space_costs(supernet, cost) for supernet in supernets]
-        else:                                       # the dearest network keeps what all keep: no budget
-            supernets, show, name = supernets[-1:], str, f"A{supernets[-1].space.stage}-likely"
-            tables = [space_costs(supernets[0])]
-        within = budget or bounds(tables[0])[1]
-        spaces = list(zip(map(log_probabilities, supernets), tables))
-        lost, which, found = choose(spaces, within, show)
-    except (OSError, ValueError) as error:
-        p.error(str(error))
-    supernet = supernets[which]
-    if args.refine > 1:
-        likeliest, ranked = found, []
-        for candidate in alternatives(*spaces[which], within, args.refine):
-            ranked.append((right(supernet, candidate), candidate))
-            told(supernet, candidate, ranked[-1][0])
-        found = max(ranked, key=lambda pair: pair[0])[1]
-        lost += likeliest[1] - found[1]
-        print("best:")
-    told(supernet, found)
     if args.latency:
-        whole, = latency.measure_networks([Network(arch(supernet, found[0]))])
-        print(f"{show(found[2])} by its layers, {show(whole)} measured as a whole")
+        show, name = latency.show, f"latency-{budget / 1e6:g}ms"
+        tables = latency_costs(supernets, args.run / "latency.json")
+    elif budget:
+        name, unit, cost = ("flops", "macs", Layer.macs) if args.flops else ("params", "params", Layer.params)
+        show, name = f"{{:,.0f}} {unit}".format, f"{name}-{budget:.0f}"
+        tables = [space_costs(supernet, cost) for supernet in supernets]
+    else:
+        supernets, show, name = supernets[-1:], str, f"A{supernets[-1].space.stage}-likely"
+        tables = [space_costs(supernets[0])]
+    limit = budget or bounds(tables[0])[1]          # every network is within what the dearest costs
+    spaces = list(zip(map(log_probabilities, supernets), tables))
+    which, solution = choose_stage(spaces, limit, show)
+    if args.refine > 1:
+        solutions = alternatives(*spaces[which], limit, args.refine)
+        accuracies = [report(supernets[which], s, accuracy)["accuracy"] for s in solutions]
+        solution = solutions[accuracies.index(max(accuracies))]
+        print("best:")
+    report(supernets[which], solution)
+    arch = arch_of(supernets[which], solution.options)
+    if args.latency:
+        whole, = latency.measure_networks([Network(arch)])
+        print(f"{show(solution.cost)} by its layers, {show(whole)} measured as a whole")
     if budget:
-        print(f"{100 * (1 - found[2] / budget):.2f} % under the budget; it costs {lost:.2f} nats of "
+        lost = viterbi(*spaces[which], 0.0).log_likelihood - solution.log_likelihood
+        print(f"{100 * (1 - solution.cost / budget):.2f} % under the budget; it costs {lost:.2f} nats of "
               "likelihood")
-    return name, arch(supernet, found[0])
+    return name, arch
 
 
-def measured_costs(supernets, file):
-    """The `flops.Costs` of each supernet's space in nanoseconds, by `latency.tables`, kept in `file`.
-
-    Prints how well they tell the times of random networks.
-    """
-    def network(which, options):
-        return Network(arch(supernets[which], options))
-    tables = latency.tables([s.space for s in supernets], supernets[0].stem.in_channels,
-                            supernets[0].classifier.out_features, network, file)
-    sums, whole = latency.sample(tables, network, 1)
-    median, largest, correlation = latency.error(sums, whole)
-    print(f"{len(sums)} random networks: times by their layers are off by {median:.1%} (median), "
-          f"{largest:.1%} at most; correlation with the measured ones {correlation:.3f}", flush=True)
-    return tables
+def latency_costs(supernets, file):
+    """The `flops.Costs` of each supernet's space in nanoseconds; `file` keeps what is measured."""
+    return latency.tables(lambda cost: [space_costs(supernet, each(cost)) for supernet in supernets],
+                          lambda which, options: Network(arch_of(supernets[which], options)), file)
 
 
-def told(supernet, found, right=None):
-    """Print a network, (options, log-likelihood, cost), as a line; returns its row for a JSON file."""
-    network = arch(supernet, found[0])
-    row = {"stage": network.stage, "flops": macs(network), "params": params(network),
-           "log_likelihood": found[1], "accuracy": right, "arch": json.loads(network.to_json())}
-    measured = "" if right is None else f"  {100 * right:5.1f} % of the architecture part"
-    print(f"A{row['stage']}  {row['flops'] / 1e6:8.3f} M MACs  {row['params'] / 1e6:7.3f} M parameters  "
-          f"log-likelihood {found[1]:8.2f}{measured}", flush=True)
+def report(supernet, solution, accuracy=None):
+    """Print a `Solution` as a line; returns its row for a JSON file. accuracy: as `evaluator` returns it."""
+    arch = arch_of(supernet, solution.options)
+    row = {"stage": arch.stage, "flops": macs(arch), "params": params(arch),
+           "log_likelihood": solution.log_likelihood, "accuracy": accuracy and accuracy(supernet, arch),
+           "arch": json.loads(arch.to_json())}
+    measured = f"  {100 * row['accuracy']:5.1f} % of the architecture part" if accuracy else ""
+    print(f"A{arch.stage}  {row['flops'] / 1e6:8.3f} M MACs  {row['params'] / 1e6:7.3f} M parameters  "
+          f"log-likelihood {solution.log_likelihood:8.2f}{measured}", flush=True)
     return row
 
 

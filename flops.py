@@ -6,10 +6,10 @@
 The paper's "FLOPs" are multiply-accumulates (MACs) of one image, in convolutions and the classifier. Batch
 norm, activations, pooling and biases are not counted.
 """
-import argparse
+from machinery import flags
+
 import math
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -33,71 +33,84 @@ IMAGES = {"paper": (3, 1000), "small": (1, 10)}              # channels and clas
 
 
 class Layer(NamedTuple):
-    """What one layer costs for one image, and the shape that it puts out: (channels, pixels, pixels)."""
-    name: str
-    macs: int
-    params: int
-    channels: int
-    pixels: int
+    """One layer, by its shapes for one image: (inputs, pixels_in, pixels_in) -> (outputs, pixels, pixels).
 
-
-def half(pixels):
-    """Pixels a side behind a stride of 2: with k // 2 of padding, 28 -> 14 and 7 -> 4."""
-    return (pixels + 1) // 2
-
-
-def candidate(op, inputs, hidden, outputs, expand, stride, pixels):  # task 5.1
-    """The `Layer`s of one candidate of Table 2; `pixels` a side come in.
-
-    expand, if there is one, depthwise, squeeze and excite, if there are, project. A convolution's batch norm
-    is counted with it; squeeze and excite have biases instead, and excite puts out the image that it scales.
-    The widths may be tensors that broadcast: the costs are then tensors of all their combinations.
+    A convolution has its batch norm with it; squeeze, excite and the classifier have biases instead. Squeeze
+    and the classifier take the mean over the pixels first, and excite puts out the image that it scales: all
+    three compute at a single pixel. A residual, of kernel 0, only adds.
     """
-    kernel, se, _ = CANDIDATES[op]
-    after = half(pixels) if stride == 2 else pixels
-    layers = []
-    if expand:
-        layers.append(Layer("expand", inputs * hidden * pixels ** 2, (inputs + 2) * hidden, hidden, pixels))
-    taps = kernel ** 2
-    layers.append(Layer("depthwise", hidden * taps * after ** 2, hidden * (taps + 2), hidden, after))
-    if se:                                   # round8(hidden / 4), in whole numbers so that tensors go as well
-        squeezed = (hidden + 16) // 32 * 8
-        squeezed = squeezed + (8 - squeezed) * (squeezed < 8)
-        layers.append(Layer("squeeze", hidden * squeezed, (hidden + 1) * squeezed, squeezed, 1))
-        layers.append(Layer("excite", squeezed * hidden, (squeezed + 1) * hidden, hidden, after))
-    layers.append(Layer("project", hidden * outputs * after ** 2, (hidden + 2) * outputs, outputs, after))
-    return layers
+    name: str
+    inputs: int
+    outputs: int
+    pixels_in: int
+    pixels: int
+    kernel: int = 1
+    act: str = ""
+
+    def weights(self):
+        return self.kernel ** 2 * self.outputs * (1 if self.name == "depthwise" else self.inputs)
+
+    def macs(self):
+        return self.weights() * min(self.pixels_in, self.pixels) ** 2
+
+    def params(self):
+        vectors = {"squeeze": 1, "excite": 1, "classifier": 1, "residual": 0}.get(self.name, 2)
+        return self.weights() + vectors * self.outputs
+
+
+def strided(pixels, stride):
+    """Pixels a side behind a convolution that is padded by half its kernel: at stride 2, 28 -> 14, 7 -> 4."""
+    return -(-pixels // stride)
 
 
 def stem(in_channels, outputs, resolution):
-    """The `Layer` of the 3x3 convolution of stride 2 with its batch norm."""
-    pixels, taps = half(resolution), 9 * in_channels
-    return Layer("stem", taps * outputs * pixels ** 2, (taps + 2) * outputs, outputs, pixels)
+    """The `Layer` of the 3x3 convolution of stride 2."""
+    return Layer("stem", in_channels, outputs, resolution, strided(resolution, 2), 3, "hswish")
+
+
+def candidate(op, inputs, hidden, outputs, expand, stride, pixels):  # task 5.1
+    """The list of `Layer`s of one candidate of Table 2, into which `pixels` a side come.
+
+    They are expand, if `expand` is true, depthwise, squeeze and excite, if the candidate has them, and
+    project, which has no activation. The squeezed width is a quarter of the hidden one, rounded as by
+    `round8`. The widths may be tensors that broadcast.
+    """
+    (kernel, se, act), after = CANDIDATES[op], strided(pixels, stride)
+    layers = [Layer("expand", inputs, hidden, pixels, pixels, 1, act)] if expand else []
+    layers.append(Layer("depthwise", hidden, hidden, pixels, after, kernel, act))
+    if se:
+        squeezed = (hidden + 16) // 32 * 8                       # round8(hidden / 4), but for the least, 8
+        squeezed = squeezed + (8 - squeezed) * (squeezed < 8)
+        layers.append(Layer("squeeze", hidden, squeezed, after, 1))
+        layers.append(Layer("excite", squeezed, hidden, 1, after))
+    return [*layers, Layer("project", hidden, outputs, after, after)]
 
 
 def head(inputs, outputs, classes, pixels):
-    """The `Layer`s of the 1x1 convolution with its batch norm, and of the classifier behind the mean."""
-    return [Layer("head", inputs * outputs * pixels ** 2, (inputs + 2) * outputs, outputs, pixels),
-            Layer("classifier", outputs * classes, (outputs + 1) * classes, classes, 1)]
+    """The `Layer`s of the 1x1 convolution and of the classifier."""
+    return [Layer("head", inputs, outputs, pixels, pixels, 1, "hswish"),
+            Layer("classifier", outputs, classes, pixels, 1)]
 
 
 def layers(arch):
-    """Every `Layer` of an `Arch`, in order."""
-    found = [stem(arch.in_channels, arch.stem, arch.resolution)]
+    """Every `Layer` of an `Arch`, in order, by a name such as "3 ir_k5_se squeeze" in block 3."""
+    found = {"stem": stem(arch.in_channels, arch.stem, arch.resolution)}
+    pixels = found["stem"].pixels
     for n, (inputs, b) in enumerate(zip(arch.inputs(), arch.blocks)):
-        block = candidate(b.op, inputs, b.hidden, b.out, b.expand, b.stride, found[-1].pixels)
-        found += [layer._replace(name=f"{n} {b.op} {layer.name}") for layer in block]
-    return found + head(arch.blocks[-1].out, arch.head, arch.classes, found[-1].pixels)
+        block = candidate(b.op, inputs, b.hidden, b.out, b.expand, b.stride, pixels)
+        found |= {f"{n} {b.op} {layer.name}": layer for layer in block}
+        pixels = block[-1].pixels
+    return found | {layer.name: layer for layer in head(b.out, arch.head, arch.classes, pixels)}
 
 
 def macs(arch):
     """Multiply-accumulates of one image (the paper's "FLOPs", Table 3)."""
-    return sum(layer.macs for layer in layers(arch))
+    return sum(map(Layer.macs, layers(arch).values()))
 
 
 def params(arch):
     """Trainable parameters (Table 3)."""
-    return sum(layer.params for layer in layers(arch))
+    return sum(map(Layer.params, layers(arch).values()))
 
 
 class Costs(NamedTuple):
@@ -107,8 +120,9 @@ class Costs(NamedTuple):
     head: torch.Tensor        # (output widths,)
 
 
-def costs(space, in_channels, classes, cost="macs"):
-    """The `Costs` of a `Space`, `cost` being a field of `Layer`: "macs" or "params".
+def costs(space, in_channels, classes, cost=Layer.macs):
+    """The `Costs` of a `Space`. `cost` is a function of a `Layer`: `Layer.macs`, `Layer.params`, `each` of
+    another.
 
     What a block costs depends only on its own choices and the width before it: tables hold the whole space.
     """
@@ -118,27 +132,26 @@ def costs(space, in_channels, classes, cost="macs"):
         i, outputs = inputs.view(-1, 1, 1), torch.tensor(block.widths)
         hidden = torch.tensor([[[block.hidden(width, e)] for e in range(len(block.expansions))]
                                for width in inputs.tolist()])                        # (i, e, 1)
-        ops = [sum(getattr(layer, cost)
-                   for layer in candidate(op, i, hidden, outputs, block.expand, block.stride, pixels))
-               for op in CANDIDATES]
-        tables.append(torch.stack(ops, 1).double())                                  # (i, op, e, o)
-        pixels, inputs = half(pixels) if block.stride == 2 else pixels, outputs
-    last = sum(getattr(layer, cost) for layer in head(inputs, space.head, classes, pixels))
-    return Costs(float(getattr(first, cost)), tables, last.double())
+        ops = [sum(map(cost, candidate(op, i, hidden, outputs, block.expand, block.stride, pixels)[:-1]))
+               for op in CANDIDATES]                                                 # each (i, e, 1)
+        after = strided(pixels, block.stride)
+        ends = [Layer("project", hidden, outputs, after, after),
+                *[Layer("residual", i, outputs, after, after, kernel=0)] * block.residual]
+        table = torch.stack(ops, 1) + sum(map(cost, ends)).unsqueeze(1)              # (i, op, e, o)
+        tables.append(table.double())
+        pixels, inputs = after, outputs
+    last = sum(map(cost, head(inputs, space.head, classes, pixels)))
+    return Costs(float(cost(first)), tables, last.double())
 
 
-def expected(costs, probabilities):
-    """The mean cost of the networks that a supernet samples; differentiable in its probabilities.
-
-    probabilities: for each block the three vectors (operations,), (expansions,), (widths,). Choices are
-    independent, so the mean is the sum over blocks of each table's mean.
-    """
-    total, before = costs.fixed, torch.ones(1, dtype=torch.float64)
-    for table, (op, expansion, width) in zip(costs.blocks, probabilities):
-        op, expansion, width = op.double(), expansion.double(), width.double()
-        total = total + torch.einsum("ijkl,i,j,k,l->", table, before, op, expansion, width)
-        before = width
-    return total + costs.head @ before
+def each(cost):
+    """A cost for `costs`, whose `Layer`s have tensors for widths, from one of `Layer`s with numbers."""
+    def every(layer):
+        pairs = (torch.as_tensor(layer.inputs) << 32) + layer.outputs
+        widths, index = torch.unique(pairs, return_inverse=True)
+        pairs = [divmod(pair, 1 << 32) for pair in widths.tolist()]
+        return torch.tensor([cost(Layer(layer.name, *pair, *layer[3:])) for pair in pairs])[index]
+    return every
 
 
 def bounds(costs):
@@ -152,37 +165,26 @@ def bounds(costs):
     return tuple(ends)
 
 
-def amount(text):
-    """A number of MACs, parameters, ..: "20M" -> 2e7; suffixes k, M, G. "off" is 0. Else ValueError."""
-    if text == "off":
-        return 0.0
-    scale = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}.get(text[-1:], 0)
-    value = float(text[:-1]) * scale if scale else float(text)
-    if not 0 < value < float("inf"):
-        raise ValueError(text)
-    return value
-
-
-def energy(seconds, device, processes=1, kwh=None):
+def energy(seconds, device, processes=1):
     """(device hours, kWh, lb of CO2e) of `seconds` on `processes` devices (Table 4).
 
-    kwh: what a `machine.meter` measured. Without it an estimate: the paper's kWh per GPU hour, or for a CPU
-    a stated wattage of each core that torch uses.
+    The energy is an estimate: the paper's kWh per GPU hour, or for a CPU a stated wattage of each core that
+    torch uses.
     """
     hours = seconds / 3600 * processes
-    if kwh is None and torch.device(device).type == "cpu":
-        kwh = hours * KWH_PER_CORE_HOUR * min(torch.get_num_threads(), os.cpu_count())
-    elif kwh is None:
-        kwh = hours * KWH_PER_GPU_HOUR
+    cpu = torch.device(device).type == "cpu"
+    cores = min(torch.get_num_threads(), os.cpu_count())
+    kwh = hours * KWH_PER_CORE_HOUR * cores if cpu else hours * KWH_PER_GPU_HOUR
     return hours, kwh, kwh * CO2E_LB_PER_KWH
 
 
 def training_memory(arch, batch_size):
-    """Bytes that training an `Arch` takes at least: weights, gradients, momentum, average; for backward.
+    """Bytes that training an `Arch` takes at least.
 
-    Backward needs 2.1 times all layers' outputs with ReLU and 2.5 times with hswish: here 2 times.
+    There are four numbers a parameter: weight, gradient, momentum and average. Backward needs 2.1 times the
+    outputs of all layers with ReLU and 2.5 times with hswish; 2 times are counted.
     """
-    outputs = sum(layer.channels * layer.pixels ** 2 for layer in layers(arch))
+    outputs = sum(layer.outputs * layer.pixels ** 2 for layer in layers(arch).values())
     return 4 * (4 * params(arch) + 2 * batch_size * outputs)
 
 
@@ -208,8 +210,10 @@ def middle(space, in_channels, classes):
 
 
 def targets(name, channels, pixels, classes):
-    """MACs to aim at, a stage: `TARGETS` at the pixels that they are for; else what lies where they lie, by
-    `position`, between the cheapest and the dearest network for images of so many channels, pixels, classes.
+    """The MACs that each stage of a search aims at, for images of so many channels, pixels a side, classes.
+
+    At the pixels that the tables are made for these are `TARGETS`. Else they have the same `position` between
+    the cheapest and the dearest network.
     """
     if pixels == SPACES[name][0].resolution:
         return list(TARGETS[name])
@@ -225,11 +229,11 @@ def describe_space(name, images=None, aims=None):
     """The text of `--space`: a row for each of A0..A4.
 
     images: (channels, pixels a side, classes); without them the ones that the tables are made for.
-    aims: MACs that a search aims at, a stage; without them `TARGETS`.
+    aims: MACs that a search aims at, a stage, 0 for none; without them `TARGETS`.
     """
     channels, pixels, classes = images or (IMAGES[name][0], SPACES[name][0].resolution, IMAGES[name][1])
-    paper = name == "paper"
-    known = "target" if aims or not paper else "Table 3"
+    table3 = name == "paper" and not aims
+    known = "Table 3" if table3 else "target"
     aims = (*(aims or TARGETS[name]), 0, 0, 0, 0)[:5]
     text = f"""The {name} space, {channels} x {pixels} x {pixels} pixels, {classes} classes; numbers in M
 least, most  over all networks, exact, for MACs and for parameters apart
@@ -238,11 +242,10 @@ at           where {known} lies between least (0%) and most (100%), on a logarit
 
                       MACs                                 parameters
    blocks networks""" + f"{'least':>8}{'middle':>8}{'most':>8}{known:>9}{'at':>5}" * 2
-    for space, target, size in zip(SPACES[name], aims, TABLE3_PARAMS, strict=True):
+    for space, aim, size in zip(SPACES[name], aims, TABLE3_PARAMS if table3 else [0] * 5, strict=True):
         space = space._replace(resolution=pixels)
         text += f"\nA{space.stage}{len(space.blocks):>7}{f'10^{math.log10(networks(space)):.1f}':>9}"
-        size = size if known == "Table 3" else 0
-        for cost, count, value in (("macs", macs, target), ("params", params, size)):
+        for cost, count, value in ((Layer.macs, macs, aim), (Layer.params, params, size)):
             low, high = bounds(costs(space, channels, classes, cost))
             for n in (low, count(middle(space, channels, classes)), high):
                 text += f"{n / 1e6:>8.4g}"
@@ -252,8 +255,8 @@ at           where {known} lies between least (0%) and most (100%), on a logarit
 
 def describe(arch):
     """The text of a network, layer by layer: output shape, MACs, parameters, activation memory."""
-    rows = [(x.name, f"{x.channels} x {x.pixels} x {x.pixels}", x.macs, x.params,
-             4 * x.channels * x.pixels ** 2) for x in layers(arch)]
+    rows = [(name, f"{x.outputs} x {x.pixels} x {x.pixels}", x.macs(), x.params(),
+             4 * x.outputs * x.pixels ** 2) for name, x in layers(arch).items()]
     rows.append(("all", "", *(sum(row[i] for row in rows) for i in (2, 3, 4))))
     images = f"{arch.in_channels} x {arch.resolution} x {arch.resolution} pixels, {arch.classes} classes"
     text = f"""A{arch.stage} of the {arch.space} space, {images}; bytes: of one image's outputs, in float32
@@ -261,24 +264,16 @@ def describe(arch):
     return text + "".join(f"\n{a:<26}{b:>16}{c:>15,}{d:>12,}{e:>12,}" for a, b, c, d, e in rows)
 
 
+@flags.command
 def main(argv=None):
-    p = argparse.ArgumentParser(prog="flops.py", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = lambda message: p.exit(2, f"flops.py: {message}\n")
+    p = flags.Parser("flops.py", __doc__)
     p.add_argument("arch", nargs="?", type=Path, metavar="ARCH.json", help="a network, as a search leaves it")
     p.add_argument("--space", choices=SPACES, help="A0..A4 of the paper's tables, or of ours")
     args = p.parse_args(argv)
     if (args.arch is None) == (args.space is None):
         p.error("give either a network, ARCH.json, or a space, --space paper")
-    if args.space:
-        print(describe_space(args.space))
-        return
-    try:
-        print(describe(Arch.from_json(args.arch.read_text())))
-    except (OSError, ValueError) as error:
-        p.error(f"{args.arch}: {getattr(error, 'strerror', None) or error}")
+    print(describe_space(args.space) if args.space else describe(flags.read_arch(args.arch)))
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, but for where a script listens, ends it at once
     sys.exit(main())

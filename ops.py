@@ -7,9 +7,9 @@ width is a prefix of them, so `forward` slices: what lies beyond the prefix is n
 Shapes: B batch; i, e, o input, expanded (hidden) and output channels; s squeezed channels; k kernel; H W
 pixels.
 """
-import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from space import CANDIDATES, round8
 
@@ -47,13 +47,16 @@ def norm(x, layer):
                         layer.training or not tracked, layer.momentum, layer.eps)
 
 
-def mask(gates, low, high):  # task 1.2
-    """FBNetV2's channel mask for two widths low <= high, of which nothing beyond `high` is left: (high,).
+def mask(widths, gates):  # task 1.2
+    """FBNetV2's channel mask: the sum of the prefix masks of `widths`, each times its gate: (max(widths),).
 
-    gates: (2,), the weights of the two widths, summing to 1, or (1,) for one width alone. The sum of the
-    two prefix masks is 1 below `low` and the weight of `high` from there on.
+    widths: n numbers of channels; gates (n,), which sum to 1. The prefix mask of a width is 1 for so many
+    channels and 0 beyond. If all widths are equal, the gates make no difference and get no gradient.
     """
-    return torch.cat([gates.new_ones(low), gates[-1].expand(high - low)])
+    if len(set(widths)) == 1:
+        return gates.new_ones(widths[0])
+    prefixes = pad_sequence([gates.new_ones(width) for width in widths])       # (max(widths), n)
+    return prefixes @ gates
 
 
 def add_residual(y, x):  # task 1.1
@@ -82,25 +85,22 @@ class InvertedResidual(nn.Module):
         self.project = nn.Conv2d(hidden, outputs, 1, bias=False)
         self.norm3 = nn.BatchNorm2d(outputs, track_running_stats=False)
 
-    def forward(self, x, hidden=None, gates=None, outputs=None):  # task 1.3
-        """x (B, i, H, W) -> (B, outputs, H', W'), at prefix widths; without them, at the widest.
+    def forward(self, x, hidden, gates, outputs):  # task 1.3
+        """x (B, i, H, W) -> (B, outputs, H', W'), at prefix widths.
 
-        hidden: (low, high), the widths of the two sampled expansions (low = high for one), gates: their
-        weights. The mask of the expansion belongs after the depthwise batch norm and activation (before a
-        batch norm it would be divided out). All that follows is linear in the masked channels, so it
-        scales the columns of the consumers. The squeezed width, a quarter of the hidden one by `round8`, is
-        masked alike behind its ReLU.
+        hidden: the hidden widths that were sampled, gates: their weights, as in `mask`. The mask belongs
+        after the depthwise batch norm and activation (before a batch norm it would be divided out). All
+        that follows is linear in the masked channels, so it scales the columns of the consumers. A squeezed
+        width is a quarter of a hidden one by `round8`; these are masked alike behind their ReLU.
         """
-        low, high = hidden or (self.depthwise.in_channels,) * 2
-        outputs = outputs or self.project.out_channels
-        columns = mask(gates, low, high) if low < high else None
+        columns, widest = mask(hidden, gates), max(hidden)
         if self.expand is not None:
-            x = self.act(norm(conv(x, self.expand, high), self.norm1))         # expand: (B, e, H, W)
-        x = self.act(norm(conv(x, self.depthwise, high), self.norm2))          # depthwise: (B, e, H', W')
+            x = self.act(norm(conv(x, self.expand, widest), self.norm1))       # expand: (B, e, H, W)
+        x = self.act(norm(conv(x, self.depthwise, widest), self.norm2))        # depthwise: (B, e, H', W')
         if self.squeeze is not None:
-            small, large = round8(low / 4), round8(high / 4)
-            s = F.relu(conv(x.mean((2, 3), keepdim=True), self.squeeze, large, columns))       # (B, s, 1, 1)
-            s = conv(s, self.excite, high, mask(gates, small, large) if low < high else None)  # (B, e, 1, 1)
+            squeezed = [round8(width / 4) for width in hidden]
+            s = F.relu(conv(x.mean((2, 3), keepdim=True), self.squeeze, max(squeezed), columns))
+            s = conv(s, self.excite, widest, mask(squeezed, gates))            # (B, s, 1, 1) -> (B, e, 1, 1)
             x = x * F.hardsigmoid(s)
         return norm(conv(x, self.project, outputs, columns), self.norm3)       # project: (B, o, H', W')
 

@@ -10,14 +10,12 @@ alphas.png         what the first run's supernets chose, and when: probabilities
 Made for print: 8 points at a width of 7.2 inches (more for more than 18 blocks), colours that everybody can
 tell apart, and beside each colour a mark, a hatch or a dash.
 """
-from machinery import files
+from machinery import files, flags
 from machinery.results import FILES, Missing, curves, entropies, history, mean_std, measured, networks
 
-import argparse
 import io
 import itertools
 import math
-import signal
 import sys
 from pathlib import Path
 
@@ -247,10 +245,9 @@ def save(figure, path):
     return figure
 
 
+@flags.command
 def main(argv=None):
-    p = argparse.ArgumentParser(prog="plot.py", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = lambda message: p.exit(2, f"plot.py: {message}\n")
+    p = flags.Parser("plot.py", __doc__)
     p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
     p.add_argument("--out", type=Path, metavar="DIR", help="folder of the pictures (the first run's)")
     args = p.parse_args(argv)
@@ -265,8 +262,6 @@ def main(argv=None):
             read(what)  # a broken file ends it before a picture is drawn
         except Missing:
             continue
-        except ValueError as error:
-            p.error(error)
     for draw, what in ((curve, args.runs), (architectures, run), (alphas, run)):
         path = out / f"{draw.__name__}.png"
         try:
@@ -275,10 +270,7 @@ def main(argv=None):
             print(f"{draw.__name__}: {path}")
         except Missing as error:
             print(f"plot.py: no {path.name}: {error}", file=sys.stderr)
-        except OSError as error:
-            p.error(f"{path}: {error.strerror}")
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, but for where a script listens, ends it at once
     sys.exit(main())

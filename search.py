@@ -20,7 +20,7 @@ import data
 import distill
 import flops
 import plot
-from derive import derive, evaluate_derived, expected_macs, open_supernet, scale, space_costs
+from derive import derive, evaluate_derived, open_supernet, scale
 from grow import describe, grow
 from network import Network
 from space import SPACES, Arch
@@ -52,7 +52,7 @@ def search(args, images, out, run):
         arch = derive(supernet, args.flops_target[stage])
         network, accuracy = evaluate_derived(arch, supernet, loader, parts, args.seed, stage, WEIGHTS)
         finish_stage(run, out, arch, accuracy, supernet)
-        teacher = network if args.distill else None                      # Eq. 4's: frozen, in eval mode
+        teacher = teacher_of(supernet, network, args)                    # Eq. 4's, for the next stage
     return run.state["summary"]
 
 
@@ -60,7 +60,6 @@ def train_stage(supernet, teacher, loader, parts, args, run):
     """One box of Figure 2: w and alpha by turns, each on its own part of the images, to the stage's end."""
     stage, weights, alphas = supernet.space.stage, supernet.weights(), supernet.alphas()
     sgd, adam = optimizers(supernet, args)
-    costs, target = space_costs(supernet), args.flops_target[stage]
     epoch_length, steps = schedule(args, stage, parts)
     start, shard = run.begin(stage, supernet=supernet, sgd=sgd, adam=adam), processes.shard()
     w_batches = loader.shuffled(parts[0], args.seed, stage, WEIGHTS, start=start, shard=shard)
@@ -83,8 +82,6 @@ def train_stage(supernet, teacher, loader, parts, args, run):
             require_grad(weights, False), require_grad(alphas, True)
             adam.zero_grad()
             metrics = backward(supernet, teacher, next(alpha_batches), (*paths, 1), *how)
-            if target:                                                   # draws the mean MACs to their target
-                (args.mu * (expected_macs(supernet, costs) / target - 1).abs()).backward()
             if run.synchronise(alphas, metrics, "alpha_"):
                 step_sampled(adam, alphas)
 
@@ -94,7 +91,7 @@ def train_stage(supernet, teacher, loader, parts, args, run):
             history = [*run.state["history"], [step + 1, supernet.probabilities()]]
             run.state["history"] = []
             run.log({"stage": stage, "epoch": step // epoch_length, "temperature": tau, "lambda": lam,
-                     "expected_macs": expected_macs(supernet, costs).item(), "alphas": history})
+                     "alphas": history})
 
 
 def backward(supernet, teacher, batch, seed, tau, lam, pieces):
@@ -139,10 +136,24 @@ def previous(args, out, loader, parts, run):
     if stage < 0 or args.method == "scaling":
         return None, None
     supernet = open_supernet(out, stage).to(run.device)
-    if not args.distill:
-        return supernet, None
     arch = Arch.from_json((out / f"A{stage}.json").read_text())
-    return supernet, evaluate_derived(arch, supernet, loader, parts, args.seed, stage, WEIGHTS)[0]
+    network, _ = evaluate_derived(arch, supernet, loader, parts, args.seed, stage, WEIGHTS)
+    return supernet, teacher_of(supernet, network, args)
+
+
+def teacher_of(supernet, network, args):
+    """Who teaches the next stage (Eq. 4), a function of images (B, C, H, W) -> logits (B, classes), or None.
+
+    "Previous teacher SuperNet predictions": those of its most likely path, for which no budget is needed. Or
+    those of the network that was derived from it, with batch-norm statistics of its own.
+    """
+    if not args.distill:
+        return None
+    if args.teacher == "network":
+        return network
+    require_grad(supernet.parameters(), False)
+    path = supernet.path(supernet.likeliest())
+    return lambda x: supernet(x, path)
 
 
 def finish_stage(run, out, arch, accuracy, supernet=None):

@@ -49,20 +49,24 @@ class MixedBlock(nn.Module):
         sizes = {"op": len(CANDIDATES), "expansion": len(block.expansions), "width": len(block.widths)}
         self.alphas = nn.ParameterDict({name: torch.zeros(n) for name, n in sizes.items() if n > 1})
 
-    def forward(self, x, draws):  # task 2.3
-        """x (B, i, H, W) -> (B, o, H', W') where o is the wider of the drawn widths.
+    def forward(self, x, inputs, draws):  # task 2.3
+        """x (B, i, H, W) -> ((B, o, H', W'), outputs): i and o are the widest of `inputs` and `outputs`.
 
-        The drawn candidates by their gates, and the residual, all under the mask of the two widths.
+        inputs, outputs: what was drawn for the width before the block and behind it, as (numbers of channels,
+        their gates). Each pair of an input width and an expansion has a hidden width, and the product of
+        their gates. The drawn candidates are summed by their gates and with the residual, and masked by
+        the output widths. So gates of 0 and 1 give exactly the network of these choices.
         """
-        ops, expansions, widths = draws["op"], draws["expansion"], draws["width"]
-        hidden = tuple(self.block.hidden(x.shape[1], expansions.options[n]) for n in (0, -1))
-        low, high = (self.block.widths[w] for w in (widths.options[0], widths.options[-1]))
+        (widths, gates), expansions = inputs, draws["expansion"]
+        hidden = [self.block.hidden(width, option) for width in widths for option in expansions.options]
+        hidden_gates = torch.outer(gates, expansions.gates).flatten()
+        outputs = [self.block.widths[option] for option in draws["width"].options], draws["width"].gates
         y = 0
-        for op, gate in zip(ops.options, ops.gates):
-            y = y + gate * self.candidates[op](x, hidden, expansions.gates, high)
+        for op, gate in zip(*draws["op"]):
+            y = y + gate * self.candidates[op](x, hidden, hidden_gates, max(outputs[0]))
         if self.block.residual:
             y = add_residual(y, x)
-        return y if low == high else y * mask(widths.gates, low, high).view(1, -1, 1, 1)
+        return y * mask(*outputs).view(1, -1, 1, 1), outputs
 
 
 class SuperNet(nn.Module):
@@ -118,6 +122,11 @@ class SuperNet(nn.Module):
         single = Draw((0,), gates.new_ones(1))
         return [dict.fromkeys(CHOICES, single) | dict(zip(block.alphas, draws)) for block in self.blocks]
 
+    def likeliest(self):
+        """The most likely option of every choice: for each block (operation, expansion, width) as indices."""
+        return [tuple(int(block.alphas[name].argmax()) if name in block.alphas else 0 for name in CHOICES)
+                for block in self.blocks]
+
     def path(self, options):
         """The path of choices made: for each block (operation, expansion, width) as indices."""
         single = torch.ones(1, device=self.classifier.weight.device)
@@ -128,8 +137,9 @@ class SuperNet(nn.Module):
         """x (B, in_channels, H, W), a path from `sample` or `path` -> logits (B, classes)."""
         x = conv(x, self.stem, self.space.stem).contiguous(memory_format=torch.channels_last)
         x = F.hardswish(norm(x, self.stem_norm))
+        widths = (self.space.stem,), path[0]["width"].gates.new_ones(1)
         for block, draws in zip(self.blocks, path):
-            x = block(x, draws)
+            x, widths = block(x, widths, draws)
         x = F.hardswish(norm(conv(x, self.head, self.space.head), self.head_norm))
         return self.classifier(x.mean((2, 3)))
 

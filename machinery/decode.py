@@ -4,17 +4,15 @@ How an image is augmented is a function of its place in the run, as everything e
 not depend on the workers, on the processes, or on where a run was taken up again.
 """
 from machinery import files
+from machinery.workers import work
 
-import itertools
 import math
 import os
-import signal
 import warnings
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 import data
@@ -57,8 +55,8 @@ def rgb(image):
     return image.convert("RGB")
 
 
-class Decoder(Dataset):
-    """What the workers do: numbers of images in, uint8 tensors out."""
+class Decoder:
+    """What the workers do: numbers of images in, arrays out."""
 
     def __init__(self, images):
         self.root, self.names, self.labels = images.root, images.names, images.labels
@@ -83,59 +81,40 @@ class Decoder(Dataset):
             torch.default_generator.manual_seed(seed)
             return self.augment(image)
 
-    def __getitem__(self, chunk):
-        """(index (B,), seeds (B,) or None) -> (x (B, 3, R, R) uint8, labels (B,)), or what is wrong."""
+    def __call__(self, chunk):
+        """([number, ..], [seed, ..] or None) -> (x (B, 3, R, R) uint8, labels (B,)), or what is wrong."""
         index, seeds = chunk
-        seeds = [None] * len(index) if seeds is None else seeds.tolist()
         try:
-            return torch.stack([self.image(i, s) for i, s in zip(index.tolist(), seeds)]), self.labels[index]
+            x = [self.image(i, seed) for i, seed in zip(index, seeds or [None] * len(index))]
         except OSError as error:
             return str(error)
-
-
-def calm(worker):
-    """A worker ignores Ctrl-C, which the main process obeys in its own time, and dies of other signals.
-
-    It does not hold the run's folder, so that a run can go on at once after the main process was killed.
-    """
-    files.unlock()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def workers(dataset, chunks, count, ahead=2, **more):
-    """What `dataset` makes of each of the `chunks`, in order, in `count` processes (0: in this one)."""
-    return DataLoader(dataset, batch_size=None, sampler=chunks, num_workers=count, worker_init_fn=calm,
-                      prefetch_factor=ahead if count else None, generator=torch.Generator(), **more)
+        return torch.stack(x).numpy(), self.labels[index].numpy()
 
 
 class Loader:
     """As `data.Loader`, of a `Folder`: batches as (x (B, 3, R, R) float, y (B,) long), on a `device`."""
 
     def __init__(self, images, stats, batch_size, device="cpu"):
-        self.labels, self.decoder, self.workers = images.labels, Decoder(images), images.workers
+        self.labels, self.decode, self.workers = images.labels, Decoder(images), images.workers
         self.batch_size, self.device = batch_size, torch.device(device)
         self.mean, self.std = (255 * s.to(device) for s in stats)
 
-    def _arrived(self, chunks):
+    def _batch(self, chunks):
         """Decoded chunks [(x uint8, y), ..] as a batch on the device. SystemExit if one could not be read."""
         if broken := [chunk for chunk in chunks if isinstance(chunk, str)]:
             raise SystemExit(f"{broken[0]}: this image was whole, or not checked, before")
-        x, y = (torch.cat([t.to(self.device, non_blocking=True) for t in parts]) for parts in zip(*chunks))
+        x, y = (torch.from_numpy(np.concatenate(parts)).to(self.device) for parts in zip(*chunks))
         return (x - self.mean) / self.std, y
-
-    def _decoded(self, chunks, count, ahead=2):
-        return workers(self.decoder, chunks, count, ahead, pin_memory=self.device.type == "cuda")
 
     def batch(self, index, generator=None, shard=(0, 1)):
         """The images at `index`, decoded here and now; generator and shard: as in `data.Loader`."""
-        return self._arrived([self.decoder[chunk] for chunk in chunks_of(index, generator, shard)])
+        return self._batch([self.decode(chunk) for chunk in chunks_of(index, generator, shard)])
 
     def ordered(self, index):
         """All images at `index`, once, in order, for evaluation."""
         chunks = chunks_of(index)
-        for chunk in self._decoded(chunks, min(self.workers, len(chunks))):
-            yield self._arrived([chunk])
+        for chunk in work(self.decode, chunks, min(self.workers, len(chunks))):
+            yield self._batch([chunk])
 
     def shuffled(self, index, *position, start=0, shard=(0, 1)):
         """Endless training batches from number `start` on, as in `data.Loader`."""
@@ -143,20 +122,20 @@ class Loader:
         chunks = (chunk for part, drawn in batches for chunk in chunks_of(part, drawn, shard))
         each = len(chunks_of(index[:self.batch_size], None, shard))         # chunks a batch
         ahead = max(2, math.ceil(2 * each / max(1, self.workers)))          # two batches are under way
-        stream = iter(self._decoded(chunks, self.workers, ahead))
+        decoded = work(self.decode, chunks, self.workers, ahead)
         while True:
-            yield self._arrived([next(stream) for _ in range(each)])
+            yield self._batch([next(decoded) for _ in range(each)])
 
 
 def chunks_of(index, generator=None, shard=(0, 1)):
-    """This process's slice of a batch as chunks for `Decoder`; with a generator each image has a seed.
+    """This process's slice of a batch as chunks for a `Decoder`; with a generator each image has a seed.
 
     shard: (rank, world_size).
     """
     rank, world_size = shard
     mine = index.tensor_split(world_size)[rank].split(CHUNK)
-    seeds = itertools.repeat(None)
+    seeds = [None] * len(mine)
     if generator is not None:
         drawn = torch.randint(2 ** 62, index.shape, generator=generator)
-        seeds = drawn.tensor_split(world_size)[rank].split(CHUNK)
-    return [chunk for chunk in zip(mine, seeds) if len(chunk[0])]           # none of no images
+        seeds = [part.tolist() for part in drawn.tensor_split(world_size)[rank].split(CHUNK)]
+    return [(part.tolist(), some) for part, some in zip(mine, seeds) if len(part)]      # none of no images

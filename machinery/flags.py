@@ -78,13 +78,14 @@ def search_parser(description):
                    help="ablation (Fig. 6): every stage from scratch, without SuperNet2SuperNet")
     g.add_argument("--no-distill", dest="distill", action="store_false",
                    help="ablation (Fig. 6): without the teacher of Eq. 4")
-    g.add_argument("--widen", choices=("eq3", "zero", "naive"), default="eq3",
+    g.add_argument("--teacher", choices=("supernet", "network"), default="supernet",
+                   help="who speaks in Eq. 4: the previous supernet on its most likely path, or the network "
+                   "derived from it (supernet)")
+    g.add_argument("--widen", choices=("eq3", "split", "zero", "naive"), default="eq3",
                    help="how new channels are consumed: by Eq. 3, or not at first, which preserves every "
                    "old sub-network; or random, as in --method naive (eq3)")
     g.add_argument("--flops-target", nargs="+", type=amount, metavar="F",
                    help="MACs of each stage's network, as in 0.9M, or off (Table 3; for our space the like)")
-    g.add_argument("--mu", type=number(float, 1e-9), default=1.0,
-                   help="weight of |expected MACs / target - 1| in the architecture's loss (1)")
     g = p.add_argument_group("data and training", "(defaults in the paper's space; in ours)")
     data_flags(g)
     p.set_defaults(**DATA)

@@ -7,8 +7,10 @@ Which classes and test images are drawn depends on the sorted names and on the s
 the files.
 """
 from machinery import files, processes
-from machinery.decode import CHUNK, Loader, decode, workers
+from machinery.decode import CHUNK, Loader, decode
+from machinery.workers import cores, work
 
+import functools
 import hashlib
 import json
 import os
@@ -19,7 +21,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 # ImageNet's, by which nearly all networks are trained
@@ -146,20 +147,15 @@ def list_images(root, part, seed, count=None):
     return classes, names, labels, held_out
 
 
-class Checker(Dataset):
-    """Names of files in, [(name, what is wrong)] out."""
-
-    def __init__(self, root, names):
-        self.root, self.names = root, names
-
-    def __getitem__(self, chunk):
-        broken = []
-        for name in self.names[chunk]:
-            try:
-                decode(os.path.join(self.root, name), small=True)
-            except OSError as error:
-                broken.append((name, str(error)))
-        return broken
+def broken_of(root, names):
+    """[(name, what is wrong)] of those files that cannot be decoded."""
+    broken = []
+    for name in names:
+        try:
+            decode(os.path.join(root, name), small=True)
+        except OSError as error:
+            broken.append((name, str(error)))
+    return broken
 
 
 def check(root, names, count, skip_broken):
@@ -169,20 +165,15 @@ def check(root, names, count, skip_broken):
     Every process checks its shard of the files, and all learn what each has found.
     """
     rank, world_size, broken = processes.rank(), processes.world_size(), []
-    chunks = [slice(k + rank * CHUNK, k + (rank + 1) * CHUNK)
+    chunks = [names[k + rank * CHUNK:k + (rank + 1) * CHUNK]
               for k in range(0, len(names), world_size * CHUNK)]
-    for found in tqdm(workers(Checker(root, names), chunks, min(count, len(chunks))), "checking images",
-                      disable=rank > 0 or None, unit_scale=world_size * CHUNK, unit="image", leave=False):
+    for found in tqdm(work(functools.partial(broken_of, root), chunks, min(count, len(chunks))),
+                      "checking images", len(chunks), disable=rank > 0 or None, leave=False,
+                      unit_scale=world_size * CHUNK, unit="image"):
         broken += processes.all_gather(found)
         if broken and not skip_broken:
             raise files.Refused(f"{broken[0][1]}; --skip-broken leaves out what is broken")
     return dict(broken)
-
-
-def cores():
-    """Cores for the workers of this process: up to 8 of its share of the machine's."""
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(8, here // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def load(root, part, seed, resolution, classes=None, count=None, skip_broken=False, run=None, checked=True):

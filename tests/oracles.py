@@ -3,6 +3,7 @@
 An oracle is written from the paper's definitions. It reads a network's weights and a space's tables,
 and calls none of the project's functions.
 """
+import itertools
 import math
 
 import torch
@@ -223,18 +224,24 @@ def masked_candidate(c, op, x, hidden, squeezed):
 
 
 def masked_supernet(net, x, path):
-    """FBNetV2's supernet: every convolution at its full width, every choice of width a soft mask."""
-    x, active = F.hardswish(net.stem_norm(net.stem(x))), net.space.stem
+    """FBNetV2's supernet: every convolution at its full width, every choice of width a soft mask.
+
+    The hidden width of a network is its expansion x its input width. So the mask of the hidden channels is
+    the sum, over both input widths and both expansions, of the masks that these networks have.
+    """
+    x, before = F.hardswish(net.stem_norm(net.stem(x))), [(net.space.stem, torch.ones(()))]
     for b, mixed, draws in zip(net.space.blocks, net.blocks, path, strict=True):
-        hiddens = [hidden_width(b, e, active) for e in draws["expansion"].options]
+        size, hidden, squeezed = mixed.candidates[0].depthwise.out_channels, 0, 0
+        for (width, p), (expansion, q) in itertools.product(before, [*zip(*draws["expansion"])]):
+            channels = hidden_width(b, expansion, width)
+            hidden = hidden + soft_mask([channels], [p * q], size)
+            squeezed = squeezed + soft_mask([near8(channels / 4)], [p * q], near8(size / 4))
         widths = [b.widths[w] for w in draws["width"].options]
-        size = mixed.candidates[0].depthwise.out_channels
-        hidden = soft_mask(hiddens, draws["expansion"].gates, size)
-        squeezed = soft_mask([near8(h / 4) for h in hiddens], draws["expansion"].gates, near8(size / 4))
         y = sum(gate * masked_candidate(mixed.candidates[op], OPS[op], x, hidden, squeezed)
                 for op, gate in zip(draws["op"].options, draws["op"].gates, strict=True))
         if b.residual:
             y = y + fit(x, b.widths[-1])
-        x, active = y * soft_mask(widths, draws["width"].gates, b.widths[-1]), max(widths)
+        x = y * soft_mask(widths, draws["width"].gates, b.widths[-1])
+        before = [*zip(widths, draws["width"].gates, strict=True)]
     x = F.hardswish(net.head_norm(net.head(x)))
     return net.classifier(x.mean((2, 3)))

@@ -29,10 +29,10 @@ from torch import nn
 from torch.testing import assert_close
 
 import derive
-from budget import alternatives, choose, most_likely, viterbi, viterbi_list
+from budget import alternatives, choose_stage, most_likely, viterbi, viterbi_list
 from derive import Network, inherit, space_costs
 from flops import bounds
-from space import SPACES
+from space import SPACES, Arch
 from supernet import CHOICES, SuperNet
 
 
@@ -84,24 +84,24 @@ def test_the_list_of_all_networks_is_right():
         assert cost[sum(options, ())] == macs(chosen(TINY, options))
 
 
-@pytest.mark.parametrize("price", [0.0, 1e-5, 3e-5, 1e-4, 1e-3, 1.0, -2e-5])
-def test_viterbi_finds_the_best_network_at_a_price(price):
+@pytest.mark.parametrize("penalty", [0.0, 1e-5, 3e-5, 1e-4, 1e-3, 1.0, -2e-5])
+def test_viterbi_finds_the_best_network_at_a_price(penalty):
     for seed in range(3):
         net = supernet(seed=seed)
         likelihood, cost = everything(net)
-        options, found, total = viterbi(derive.log_probabilities(net), space_costs(net), price)
-        best = np.unravel_index((likelihood - price * cost).argmax(), cost.shape)
+        options, found, total = viterbi(derive.log_probabilities(net), space_costs(net), penalty)
+        best = np.unravel_index((likelihood - penalty * cost).argmax(), cost.shape)
         assert options == as_options(best)
         assert found == pytest.approx(likelihood[best]) and total == cost[best]
 
 
-@pytest.mark.parametrize("price", [0.0, 3e-5, -2e-5])
-def test_the_list_of_viterbi_is_the_best_networks_in_order(price):
+@pytest.mark.parametrize("penalty", [0.0, 3e-5, -2e-5])
+def test_the_list_of_viterbi_is_the_best_networks_in_order(penalty):
     net = supernet(seed=4)
     likelihood, cost = everything(net)
-    score = likelihood - price * cost
-    found = viterbi_list(derive.log_probabilities(net), space_costs(net), price, 200)
-    values = [value - price * total for _, value, total in found]
+    score = likelihood - penalty * cost
+    found = viterbi_list(derive.log_probabilities(net), space_costs(net), penalty, 200)
+    values = [value - penalty * total for _, value, total in found]
     assert values == pytest.approx(np.sort(score.ravel())[:-201:-1])
     assert len({tuple(options) for options, _, _ in found}) == 200
     for options, value, total in found:
@@ -155,20 +155,19 @@ def test_of_several_stages_the_one_that_loses_least_has_the_network():
     spaces = [(derive.log_probabilities(net), space_costs(net)) for net in nets]
     for budget in np.quantile(every[0][1], np.linspace(0.001, 1, 25)):
         lost = [likelihood.max() - likelihood[cost <= budget].max() for likelihood, cost in every]
-        found = choose(spaces, float(budget), str)
-        assert found[0] == pytest.approx(min(lost), abs=1e-9)
-        assert found[1] == max(k for k in range(3) if lost[k] < min(lost) + 1e-9)
-        assert found[2][1] == pytest.approx(every[found[1]][0].max() - found[0])
-        which.add(found[1])
+        stage, solution = choose_stage(spaces, float(budget), str)
+        assert stage == max(k for k in range(3) if lost[k] < min(lost) + 1e-9)
+        assert solution.log_likelihood == pytest.approx(every[stage][0].max() - min(lost))
+        which.add(stage)
     assert len(which) > 1
 
 
 @pytest.mark.parametrize("spread", [0.1, 3.0, 100.0])
-def test_what_comes_nearest_to_a_budget_at_a_price_reaches_both_ends(spread):
+def test_what_comes_nearest_to_a_budget_at_a_penalty_reaches_both_ends(spread):
     net = supernet(SPACES["small"][2], spread=spread)
     spaces = [(derive.log_probabilities(net), space_costs(net))]
     for end in bounds(spaces[0][1]):
-        assert choose(spaces, end, str, near=True)[2][2] == end
+        assert choose_stage(spaces, end, str, nearest=True)[1].cost == end
 
 
 def test_a_budget_below_the_cheapest_network_is_refused():
@@ -193,8 +192,8 @@ def test_in_a_large_space_a_budget_is_kept_and_no_cheaper_network_found_is_more_
     for share in (0.5, 0.7, 0.9):
         options, value, _ = most_likely(log_p, table, share * free)
         assert macs(chosen(space, options)) <= share * free and value == pytest.approx(likelihood(options))
-        for price in np.geomspace(1e-3, 1e2, 60) / free:                # what a price alone finds
-            other, found, total = viterbi(log_p, table, price)
+        for penalty in np.geomspace(1e-3, 1e2, 60) / free:              # what a penalty alone finds
+            other, found, total = viterbi(log_p, table, penalty)
             assert total > share * free or found <= value + 1e-9
         for _ in range(300):                                            # one choice changed
             other, n = list(options), int(torch.randint(len(options), (1,), generator=g))
@@ -207,17 +206,17 @@ def test_a_networks_facts_are_those_of_its_choices(name, stage):
     net, g = SuperNet(SPACES[name][stage], 3, 17), seeded(2)
     for _ in range(10):
         options = random_options(net.space, g)
-        assert derive.arch(net, options) == chosen(net.space, options, 3, 17)
+        assert derive.arch_of(net, options) == chosen(net.space, options, 3, 17)
 
 
 @pytest.mark.parametrize("name, stage", [("small", 4), ("paper", 0)])
 @torch.no_grad()
 def test_a_derived_network_computes_what_its_path_computed(name, stage):
-    net, g = settle(SuperNet(SPACES[name][stage], 3, 10, seeded())).double(), seeded(2)
+    net, g = settle(SuperNet(SPACES[name][stage], 3, 10, seeded())).double().eval(), seeded(2)
     x = images(3, 3, 32, 50).double()
     for _ in range(3):
         options = random_options(net.space, g)
-        network = inherit(Network(derive.arch(net, options)).double(), net)
+        network = inherit(Network(derive.arch_of(net, options)).double(), net).eval()
         wanted = plain_network(net, options)(x)
         assert_same_logits(network(x), wanted)
         assert_same_logits(net(x, net.path(options)), wanted)
@@ -226,10 +225,16 @@ def test_a_derived_network_computes_what_its_path_computed(name, stage):
 def test_a_network_inherits_the_leading_corner_of_every_tensor():
     net = settle(SuperNet(TINY, 1, 10, seeded()))
     options = [(5, 0, 1), (7, 2, 1), (2, 1, 0)]
-    network = Network(derive.arch(net, options))
+    network = Network(derive.arch_of(net, options))
     assert inherit(network, net) is network
-    theirs = net.state_dict()
-    for name, tensor in network.named_parameters():
+    theirs = copy.deepcopy(net.state_dict())
+    for name, tensor in network.state_dict().items():
+        for mine, its in (("stem.0", "stem"), ("stem.1", "stem_norm"), ("head.0", "head"),
+                          ("head.1", "head_norm"), ("expand.0", "expand"), ("expand.1", "norm1"),
+                          ("depthwise.0", "depthwise"), ("depthwise.1", "norm2"),
+                          ("squeeze_excite.fc1", "squeeze"), ("squeeze_excite.fc2", "excite"),
+                          ("project.0", "project"), ("project.1", "norm3")):
+            name = name.replace(mine, its)
         part, *rest = name.split(".")
         if part == "blocks":
             name = ".".join(("blocks", rest[0], "candidates", str(options[int(rest[0])][0]), *rest[1:]))
@@ -247,7 +252,7 @@ def test_a_network_drops_out_only_in_training():
     arch, x = chosen(TINY, [(0, 0, 1), (7, 2, 1), (2, 1, 0)]), images(4, 1, 8)
     network = inherit(Network(arch, dropout=0.9), settle(SuperNet(TINY, 1, 10, seeded())))
     without = copy.deepcopy(network)
-    without.dropout = 0.0
+    without.dropout.p = 0.0
     assert torch.equal(network.eval()(x), without.eval()(x))
     assert not torch.equal(network.train()(x), without.train()(x))
 
@@ -310,7 +315,7 @@ def test_log_probabilities_are_those_of_the_logits():
 def test_recalibrated_statistics_are_the_mean_over_batches_of_their_statistics():
     net = settle(SuperNet(SPACES["small"][0], 1, 10, seeded()))
     options = random_options(net.space, seeded(1))
-    network = inherit(Network(derive.arch(net, options)), net).double()
+    network = inherit(Network(derive.arch_of(net, options)), net).double()
     before = copy.deepcopy(network.state_dict())
     batches = [(images(n, 1, 28, n).double(), torch.zeros(n)) for n in (5, 8, 16)]
 
@@ -335,7 +340,7 @@ def test_recalibrated_statistics_are_the_mean_over_batches_of_their_statistics()
     assert all(torch.equal(p, before[name]) for name, p in network.named_parameters())
 
 
-def test_accuracy_counts_images_and_not_batches():
+def test_the_accuracy_counts_images_and_not_batches():
     class Loader:
         """Logits as images, in batches of three."""
         device = "cpu"
@@ -344,8 +349,8 @@ def test_accuracy_counts_images_and_not_batches():
         def ordered(self, index):
             return [(self.x[part], self.y[part]) for part in index.split(3)]
     network = nn.Sequential(nn.Identity()).train()
-    assert derive.accuracy(network, Loader(), torch.arange(4)) == 0.5 and not network.training
-    assert derive.accuracy(network, Loader(), torch.arange(3)) == pytest.approx(2 / 3)
+    assert derive.evaluate(network, Loader(), torch.arange(4)) == 0.5 and not network.training
+    assert derive.evaluate(network, Loader(), torch.arange(3)) == pytest.approx(2 / 3)
 
 
 def test_a_runs_supernet_opens_as_it_was_saved(tmp_path):
@@ -356,3 +361,39 @@ def test_a_runs_supernet_opens_as_it_was_saved(tmp_path):
     assert found.space == net.space
     wanted = net.state_dict()
     assert all(torch.equal(t, wanted[name]) for name, t in found.state_dict().items())
+
+
+# ---- compound scaling (Fig. 5)
+
+def test_compound_scaling_fits_its_budget_and_grows_all_rows_alike():
+    def rows(arch):
+        starts = [n for n, b in enumerate(arch.blocks) if not b.residual] + [len(arch.blocks)]
+        return [arch.blocks[a:b] for a, b in itertools.pairwise(starts)]
+    arch = chosen(SPACES["small"][1], random_options(SPACES["small"][1], seeded(3)))
+    sizes = []
+    for factor in (1, 1.5, 2, 4):
+        scaled = derive.scale(arch, 2, factor * macs(arch))
+        assert macs(scaled) <= factor * macs(arch) and scaled.stage == 2
+        assert Arch.from_json(scaled.to_json()) == scaled
+        assert (scaled.stem, scaled.head, scaled.resolution) == (arch.stem, arch.head, arch.resolution)
+        for old, new in zip(rows(arch), rows(scaled), strict=True):
+            repeated = [old[min(n, len(old) - 1)] for n in range(len(new))]  # the last one is repeated
+            assert [b.op for b in new] == [b.op for b in repeated]
+            assert [b.stride for b in new] == [old[0].stride] + [1] * (len(new) - 1)
+            assert all(b.out >= a.out for a, b in zip(repeated, new))
+        sizes.append(macs(scaled))
+    assert sizes == sorted(sizes) and sizes[0] == macs(arch) and sizes[-1] > 2 * macs(arch)
+    with pytest.raises(ValueError, match="does not fit"):
+        derive.scale(arch, 1, macs(arch) - 1)
+
+
+def test_compound_scaling_begins_at_the_network_itself_and_goes_in_the_steps_of_its_table():
+    space, g = SPACES["paper"][0], seeded(1)
+    rows = [b for b in space.blocks if not b.residual]
+    for _ in range(20):                                                   # widths of 12, 20, 28 among them
+        arch = chosen(space, random_options(space, g), 3, 1000)
+        assert derive.scale(arch, 2, macs(arch)) == arch._replace(stage=2)
+        n = -1
+        for block in derive.scale(arch, 2, 2 * macs(arch)).blocks:
+            n += not block.residual
+            assert (block.out - rows[n].widths[0]) % (rows[n].widths[1] - rows[n].widths[0]) == 0

@@ -6,6 +6,7 @@ The oracles: PyTorch's own counter (torch.utils.flop_counter, which counts two a
 forward hooks; brute force over a space of few networks; torchvision's MobileNets, layer by layer. Networks
 are built on the device "meta", which computes shapes alone.
 """
+import functools
 import itertools
 import math
 import random
@@ -25,6 +26,7 @@ from supernet import SuperNet
 
 STAGES = [pytest.param(space, *flops.IMAGES[name], id=f"{name} A{space.stage}")
           for name, stages in SPACES.items() for space in stages]
+COSTS = flops.Layer.macs, flops.Layer.params
 
 
 def counter(net, channels, pixels):
@@ -82,9 +84,11 @@ def test_candidate(op, pixels, stride, expand):
         hidden = hidden if expand else inputs
         with torch.device("meta"):
             module = InvertedResidual(op, inputs, hidden, outputs, stride, expand)
+            module.forward = functools.partial(module.forward, hidden=(hidden,), gates=torch.ones(1),
+                                               outputs=outputs)
         found = flops.candidate(op, inputs, hidden, outputs, expand, stride, pixels)
-        assert sum(layer.macs for layer in found) == counter(module, inputs, pixels)[0]
-        assert sum(layer.params for layer in found) == numel(module)
+        assert sum(layer.macs() for layer in found) == counter(module, inputs, pixels)[0]
+        assert sum(layer.params() for layer in found) == numel(module)
         y = module(torch.empty(1, inputs, pixels, pixels, device="meta"))
         assert y.shape == (1, outputs, found[-1].pixels, found[-1].pixels)
 
@@ -102,9 +106,9 @@ def test_networks(space, channels, classes):
         assert flops.macs(arch) == total
         assert flops.params(arch) == numel(net)
         for n, block in enumerate(net.blocks):                               # and block by block
-            mine = [layer for layer in flops.layers(arch) if layer.name.startswith(f"{n} ")]
-            assert sum(layer.macs for layer in mine) == each[f"Network.blocks.{n}"]
-            assert sum(layer.params for layer in mine) == numel(block)
+            mine = [layer for name, layer in flops.layers(arch).items() if name.startswith(f"{n} ")]
+            assert sum(layer.macs() for layer in mine) == each[f"Network.blocks.{n}"]
+            assert sum(layer.params() for layer in mine) == numel(block)
 
 
 class Steps(TorchDispatchMode):
@@ -131,14 +135,17 @@ def test_layers_are_the_steps_and_shapes_of_a_network(name):
         block.register_forward_hook(lambda module, x, y: shapes.append(tuple(y.shape[1:])))
     with Steps() as steps:
         net(torch.empty(1, arch.in_channels, arch.resolution, arch.resolution, device="meta"))
-    found = flops.layers(arch)
-    assert [(x.channels, x.pixels, x.pixels) for x in found if x.name.endswith("project")] == shapes
+    found = flops.layers(arch).values()
+    assert [(x.outputs, x.pixels, x.pixels) for x in found if x.name == "project"] == shapes
+    before = arch.in_channels, arch.resolution
     for layer, step in zip(found, steps.rows, strict=True):      # excite: one pixel, then it scales the image
-        pixels = 1 if layer.name.endswith("excite") else layer.pixels
-        assert (layer.macs, layer.channels * pixels ** 2) == step
-        if layer.name.endswith("excite"):
-            depthwise = layer.name.replace("excite", "depthwise")
-            assert layer[3:] == next(x for x in found if x.name == depthwise)[3:]
+        pixels = 1 if layer.name == "excite" else layer.pixels
+        assert (layer.macs(), layer.outputs * pixels ** 2) == step
+        assert (layer.inputs, layer.pixels_in) == before          # of the layer before
+        if layer.name == "depthwise":
+            scaled = layer.outputs, layer.pixels
+        before = layer.outputs, layer.pixels
+        assert layer.name != "excite" or before == scaled
 
 
 # ---- torchvision's MobileNets as an Arch
@@ -167,8 +174,8 @@ def measured(model):
 
 def ours(arch):
     """The same of an `Arch`, with names. An excite puts out one pixel, ours the scaled image."""
-    return [(x.name, (x.macs, x.params, x.channels, 1 if x.name.endswith("excite") else x.pixels))
-            for x in flops.layers(arch)]
+    return [(name, (x.macs(), x.params(), x.outputs, 1 if x.name == "excite" else x.pixels))
+            for name, x in flops.layers(arch).items()]
 
 
 def test_mobilenet_v2():
@@ -253,7 +260,7 @@ def test_mobilenet_v3(build, rows, head, hidden, differing):
 # ---- the costs of a whole space
 
 @pytest.mark.parametrize("space, channels, classes", STAGES)
-@pytest.mark.parametrize("cost", ["macs", "params"])
+@pytest.mark.parametrize("cost", COSTS)
 def test_tables_hold_the_costs_of_candidates(space, channels, classes, cost):
     rng, table = random.Random(2), flops.costs(space, channels, classes, cost)
     pixels, widths = (space.resolution + 1) // 2, (space.stem,)
@@ -264,7 +271,7 @@ def test_tables_hold_the_costs_of_candidates(space, channels, classes, cost):
             i, op, e, o = (rng.randrange(n) for n in found.shape)
             layers = flops.candidate(list(CANDIDATES)[op], widths[i], round8(block.expansions[e] * widths[i]),
                                      block.widths[o], block.expand, block.stride, pixels)
-            assert found[i, op, e, o] == sum(getattr(layer, cost) for layer in layers)
+            assert found[i, op, e, o] == sum(map(cost, layers))
         pixels, widths = math.ceil(pixels / block.stride), block.widths
 
 
@@ -279,7 +286,7 @@ def total(table, options):
 
 @pytest.mark.parametrize("space, channels, classes", STAGES)
 def test_tables_add_up_to_networks_within_the_bounds(space, channels, classes):
-    for cost, count in (("macs", flops.macs), ("params", flops.params)):
+    for cost, count in zip(COSTS, (flops.macs, flops.params)):
         table = flops.costs(space, channels, classes, cost)
         low, high = flops.bounds(table)
         for seed in range(10):
@@ -296,11 +303,11 @@ TINY = Space("tiny", 0, 13, 16, 24, (Block(0, 0, (1,), (4, 12), 1, False, False)
                                      Block(1, 1, (1.25,), (8, 20), 1, True, True)))
 
 
-@pytest.mark.parametrize("cost", ["macs", "params"])
+@pytest.mark.parametrize("cost", COSTS)
 def test_bounds_are_those_of_brute_force(cost):
     choices = [itertools.product(range(len(CANDIDATES)), range(len(b.expansions)), range(len(b.widths)))
                for b in TINY.blocks]
-    count = getattr(flops, cost)
+    count = {flops.Layer.macs: flops.macs, flops.Layer.params: flops.params}[cost]
     every = [count(network(TINY, 2, 5, options)) for options in itertools.product(*choices)]
     assert len(every) == flops.networks(TINY) == 8 ** 3 * (1 * 2) * (2 * 2) * (1 * 2)
     assert flops.bounds(flops.costs(TINY, 2, 5, cost)) == (min(every), max(every))
@@ -352,7 +359,7 @@ def test_the_mean_in_alpha_is_that_of_10000_sampled_networks():
             for name, option in zip(("op", "expansion", "width"), chosen):
                 if name in block.alphas:
                     block.alphas[name].fill_(-math.inf)[option] = 0
-    assert derive.expected_macs(net, table).item() == flops.macs(derive.arch(net, options))
+    assert derive.expected_macs(net, table).item() == flops.macs(derive.arch_of(net, options))
 
 
 # ---- targets, the middle, energy, amounts
@@ -376,7 +383,7 @@ def test_the_middle_of_the_papers_spaces():
     """
     for stage, found, with_scaling, params in ((0, 103.4, 104.8, 2.4), (4, 390.9, 395.2, 7.8)):
         arch = flops.middle(SPACES["paper"][stage], 3, 1000)
-        scaled = sum(x.channels * x.pixels ** 2 for x in flops.layers(arch) if x.name.endswith("excite"))
+        scaled = sum(x.outputs * x.pixels ** 2 for x in flops.layers(arch).values() if x.name == "excite")
         assert round(flops.macs(arch) / 1e6, 1) == found
         assert round((flops.macs(arch) + 2 * scaled) / 1e6, 1) == with_scaling
         assert round(flops.params(arch) / 1e6, 1) == params
@@ -392,11 +399,9 @@ def test_energy_of_a_gpu_is_table_4():
         assert flops.energy(3600 * hours, "cuda") == pytest.approx((hours, kwh, co2e), rel=0.004)
 
 
-def test_energy_of_a_cpu_and_what_was_measured():
+def test_energy_of_a_cpu():
     cores = min(torch.get_num_threads(), flops.os.cpu_count())
     assert flops.energy(7200, "cpu") == pytest.approx((2, 2 * cores * 0.004375, 2 * cores * 0.004375 * 0.954))
-    assert flops.energy(7200, "cpu", kwh=0.5) == (2, 0.5, 0.5 * 0.954)
-    assert flops.energy(3600, "cuda", 2, kwh=0.5) == (2, 0.5, 0.5 * 0.954)
 
 
 @pytest.mark.parametrize("text, value", [("20M", 2e7), ("0.9M", 9e5), ("1.5G", 1.5e9), ("3k", 3e3),
@@ -424,7 +429,7 @@ def test_space_on_the_command_line(name, capsys):
         assert int(row[1]) == len(space.blocks)
         assert float(row[2].removeprefix("10^")) == pytest.approx(math.log10(flops.networks(space)), abs=0.05)
         arch = flops.middle(space, *flops.IMAGES[name])
-        for cost, count, cells in (("macs", flops.macs, row[3:6]), ("params", flops.params, row[8:11])):
+        for cost, count, cells in zip(COSTS, (flops.macs, flops.params), (row[3:6], row[8:11])):
             low, high = flops.bounds(flops.costs(space, *flops.IMAGES[name], cost))
             found = [low / 1e6, count(arch) / 1e6, high / 1e6]
             assert [float(cell) for cell in cells] == pytest.approx(found, rel=1e-3)
@@ -440,10 +445,10 @@ def test_network_on_the_command_line(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     found, last = flops.layers(arch), lines[-1].replace(",", "").split()
     assert len(lines) == len(found) + 3 and max(map(len, lines)) <= 110
-    for layer, line in zip(found, lines[2:]):
-        cells = line.replace(",", "").removeprefix(layer.name).split()
-        assert cells == [f"{layer.channels}", "x", f"{layer.pixels}", "x", f"{layer.pixels}", f"{layer.macs}",
-                         f"{layer.params}", f"{4 * layer.channels * layer.pixels ** 2}"]
+    for (name, layer), line in zip(found.items(), lines[2:]):
+        cells = line.replace(",", "").removeprefix(name).split()
+        assert cells == [f"{layer.outputs}", "x", f"{layer.pixels}", "x", f"{layer.pixels}",
+                         f"{layer.macs()}", f"{layer.params()}", f"{4 * layer.outputs * layer.pixels ** 2}"]
     assert last[:3] == ["all", f"{flops.macs(arch)}", f"{flops.params(arch)}"]
     assert int(last[3]) == sum(int(line.replace(",", "").split()[-1]) for line in lines[2:-1])
 
@@ -452,7 +457,7 @@ def test_targets_lie_in_every_space_where_table_3_lies_in_the_papers():
     for name in SPACES:
         pixels = SPACES[name][0].resolution
         assert flops.targets(name, 3, pixels, 100) == list(flops.TARGETS[name])
-        for shape in ((3, 16, 1000), (3, 32, 10), (1, 64, 2), (3, 299, 1000)):
+        for shape in ((3, 32, 10), (1, 299, 1000)):
             for space, found, target in zip(SPACES[name], flops.targets(name, *shape), flops.TARGETS[name]):
                 low, high = flops.bounds(flops.costs(space._replace(resolution=shape[1]), shape[0], shape[2]))
                 first, last = flops.bounds(flops.costs(space, *flops.IMAGES[name]))

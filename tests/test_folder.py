@@ -4,7 +4,7 @@ workers.
 The oracles: files written by hand and with Pillow, torchvision's Resize and CenterCrop, its names of
 ImageNet's classes, and the same batch from other workers, another start and in shards.
 """
-from machinery import decode, flags, folder
+from machinery import decode, flags, folder, workers
 
 import contextlib
 import itertools
@@ -57,8 +57,8 @@ def names(images):
     return [os.fsdecode(name) for name in images.names]
 
 
-def loader(root, workers=0, batch_size=4, part="train"):
-    images = open_folder(root, part, count=workers)
+def loader(root, count=0, batch_size=4, part="train"):
+    images = open_folder(root, part, count=count)
     return images.loader(images.statistics(None), batch_size)
 
 
@@ -279,9 +279,9 @@ def test_batches_do_not_depend_on_workers_starts_or_other_draws(tmp_path, monkey
     write(tmp_path)
     monkeypatch.setattr(decode, "CHUNK", 3)                             # a batch of 4 in two chunks
     whole = stream(loader(tmp_path), 0, 5)
-    for workers in (1, 2):
-        torch.manual_seed(workers)
-        assert equal(whole, stream(loader(tmp_path, workers), 0, 5))
+    for count in (1, 2):
+        torch.manual_seed(count)
+        assert equal(whole, stream(loader(tmp_path, count), 0, 5))
     for start in (1, 3, 4):                                             # 3: where the second epoch begins
         assert equal(whole[start:], stream(loader(tmp_path, 2), 0, 5, start=start, n=6 - start))
     assert not equal(whole, stream(loader(tmp_path), 0, 6))
@@ -366,14 +366,14 @@ def broken(root):
     return ["a/1.jpg", "a/2.jpg", "b/3.png", "b/4.gif", "b/5.jpeg", "b/6.bmp"]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_broken_files_are_refused_by_name_or_left_out(tmp_path, workers, capsys):
+@pytest.mark.parametrize("count", [0, 2])
+def test_broken_files_are_refused_by_name_or_left_out(tmp_path, count, capsys):
     (tmp_path / "val" / "a").mkdir(parents=True)
     bad = [f"train/{name}" for name in broken(write(tmp_path / "train", each=8))]
     with pytest.raises(ValueError, match=r"train/a/1\.jpg: .*truncated.*; --skip-broken"):
-        open_folder(tmp_path, count=workers)
+        open_folder(tmp_path, count=count)
     capsys.readouterr()
-    images = open_folder(tmp_path, count=workers, skip_broken=True)
+    images = open_folder(tmp_path, count=count, skip_broken=True)
     assert sorted(images.broken) == bad and not set(bad) & set(names(images)) and len(images.names) == 23
     told = capsys.readouterr().out
     assert all(told.count(f"{tmp_path / name}: ") == 1 for name in bad)
@@ -534,9 +534,9 @@ def test_the_runs_own_images_must_be_what_they_were(searched, tmp_path, capsys):
 @pytest.mark.parametrize("available", [1, 3, 64])
 def test_workers_are_as_many_as_cores_up_to_eight(available, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(available)), raising=False)
-    assert folder.cores() == min(8, available)
+    assert workers.cores() == min(8, available)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert folder.cores() == min(8, max(1, available // 4))
+    assert workers.cores() == min(8, max(1, available // 4))
 
 
 def test_flags_of_a_folder_have_the_spaces_resolution(tmp_path):

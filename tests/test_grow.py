@@ -96,9 +96,9 @@ def test_zero_widening_preserves_every_sub_network(name):
     x, g = images(2, 3, 32, 50).double(), seeded(3)
     for pair in small("zero") if name == "small" else chain(name, "zero", 1):
         old, new = (copy.deepcopy(net).double() for net in pair)
-        for _ in range(4):
-            for path in (old.path(random_options(old.space, g)), old.sample(1.0, g)):
-                assert_same_logits(new(x, inserted(old, new, path, g)), old(x, path))
+        for _ in range(8):
+            path = old.path(random_options(old.space, g))
+            assert_same_logits(new(x, inserted(old, new, path, g)), old(x, path))
 
 
 @torch.no_grad()
@@ -164,7 +164,8 @@ def test_a_new_block_is_exactly_the_identity(op, widen):
             x = torch.randn(2, block.block.widths[option], 5, 5, generator=seeded(op))
             for signed in (x, x.abs(), -x.abs()):
                 one = {name: Draw((i,), torch.ones(1)) for name, i in zip(CHOICES, (op, e, option))}
-                assert torch.equal(block(signed, one), signed)
+                widths = (x.shape[1],), torch.ones(1)
+                assert torch.equal(block(signed, widths, one)[0], signed)
 
 
 @pytest.mark.parametrize("op", range(8))
@@ -175,7 +176,7 @@ def test_a_new_block_learns_from_the_first_step(op):
             block = copy.deepcopy(after).train()
             x = torch.randn(3, block.block.widths[-1], 5, 5, generator=seeded(op))
             one = {name: Draw((i,), torch.ones(1)) for name, i in zip(CHOICES, (op, -1, -1))}
-            y = block(x, one)
+            y, _ = block(x, ((x.shape[1],), torch.ones(1)), one)
             (y * torch.randn(y.shape, generator=seeded(8))).sum().backward()
             grad = block.candidates[op].norm3.weight.grad
             assert (grad != 0).all() and block.candidates[op].norm3.weight.count_nonzero() == 0

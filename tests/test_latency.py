@@ -28,23 +28,33 @@ TABLE_2 = {op: (int(op[4]), "se" in op, "hswish" if op.endswith("hs") else "relu
 
 
 def layers(arch):
-    """The layers of a network, as keys of `latency.costs`."""
+    """The layers of a network, those of `flops.Layer` as tuples: name, channels and pixels a side that come in
+    and go out, kernel, activation.
+    """
     size, width = pixels(arch.resolution, 3, 2), arch.stem
-    found = [("stem", arch.in_channels, arch.stem, arch.resolution)]
+    found = [("stem", arch.in_channels, arch.stem, arch.resolution, size, 3, "hswish")]
     for b in arch.blocks:
         kernel, se, act = TABLE_2[b.op]
-        after = pixels(size, kernel, b.stride)
-        found += [("expand", width, b.hidden, act, size)] * b.expand
-        found += [("depthwise", b.hidden, kernel, b.stride, act, size)] + [("squeeze", b.hidden, after)] * se
-        found += [("project", b.hidden, b.out, after)] + [("residual", width, b.out, after)] * b.residual
+        after, squeezed = pixels(size, kernel, b.stride), near8(b.hidden / 4)
+        found += [("expand", width, b.hidden, size, size, 1, act)] * b.expand
+        found += [("depthwise", b.hidden, b.hidden, size, after, kernel, act)]
+        found += [("squeeze", b.hidden, squeezed, after, 1, 1, "")] * se
+        found += [("excite", squeezed, b.hidden, 1, after, 1, "")] * se
+        found += [("project", b.hidden, b.out, after, after, 1, "")]
+        found += [("residual", width, b.out, after, after, 0, "")] * b.residual
         size, width = after, b.out
-    return [*found, ("head", width, arch.head, arch.classes, size)]
+    return [*found, ("head", width, arch.head, size, size, 1, "hswish"),
+            ("classifier", arch.head, arch.classes, size, 1, 1, "")]
 
 
 def random_times(seed=0):
     """A cost of each layer that has nothing to do with its MACs: whole nanoseconds, from 1 us to 1 ms."""
     g, times = np.random.default_rng(seed), {}
-    return lambda *key: times.setdefault(key, int(1000 * 1000 ** g.random()))
+    return lambda layer: times.setdefault(tuple(layer), int(1000 * 1000 ** g.random()))
+
+
+def table_of(space, times, in_channels=1, classes=10):
+    return flops.costs(space, in_channels, classes, flops.each(times))
 
 
 @pytest.mark.parametrize("text, nanoseconds", [("2ms", 2e6), ("1500us", 1.5e6), ("0.5s", 5e8), ("80ns", 80),
@@ -62,25 +72,19 @@ def test_what_is_no_duration_is_refused(text):
 @pytest.mark.parametrize("space", [TINY, TINY._replace(stem=12), SPACES["small"][4], SPACES["paper"][0]])
 def test_a_networks_time_is_the_sum_of_its_layers(space):
     times, g = random_times(), seeded()
-    table = latency.costs(space, 3, 17, times)
+    table = table_of(space, times, 3, 17)
     for _ in range(20):
         options, total = latency.draw(table, g)
-        assert total == sum(times(*key) for key in layers(chosen(space, options, 3, 17)))
+        assert total == sum(map(times, layers(chosen(space, options, 3, 17))))
     every = torch.cat([t.flatten() for t in (*table.blocks, table.head)])
     assert (every == every.round()).all() and len(options) == len(space.blocks)
 
 
 @pytest.mark.parametrize("name, stage", [("small", 4), ("paper", 2)])
-def test_with_macs_for_times_the_tables_are_those_of_flops(name, stage):
-    def macs(kind, first, *others):
-        size = others[-1] ** 2
-        return {"stem": lambda o, p: first * o * 9 * flops.half(p) ** 2, "residual": lambda *_: 0,
-                "expand": lambda h, act, p: first * h * size, "project": lambda o, p: first * o * size,
-                "depthwise": lambda k, s, act, p: first * k * k * (-(-p // s)) ** 2,
-                "squeeze": lambda p: 2 * first * near8(first / 4),
-                "head": lambda o, n, p: first * o * size + o * n}[kind](*others)
-    found = latency.costs(SPACES[name][stage], 1, 10, macs)
-    wanted = flops.costs(SPACES[name][stage], 1, 10, "macs")
+@pytest.mark.parametrize("cost", [flops.Layer.macs, flops.Layer.params])
+def test_layer_by_layer_the_tables_are_those_of_all_widths_at_once(name, stage, cost):
+    space = SPACES[name][stage]
+    found, wanted = table_of(space, cost), flops.costs(space, 1, 10, cost)
     assert found.fixed == wanted.fixed and torch.equal(found.head, wanted.head)
     assert all(torch.equal(a, b) for a, b in zip(found.blocks, wanted.blocks, strict=True))
 
@@ -90,7 +94,7 @@ def test_no_network_within_a_time_is_more_likely(spread):
     for seed in range(3):
         net = supernet(seed=seed, spread=spread)
         likelihood, _ = everything(net)
-        log_p, table = derive.log_probabilities(net), latency.costs(TINY, 1, 10, random_times(seed))
+        log_p, table = derive.log_probabilities(net), table_of(TINY, random_times(seed))
         a, b, c = table.blocks                             # (1, 8, 1, 2), (2, 8, 3, 3), (3, 8, 3, 3)
         cost = table.fixed + (a[0, :, :, :, *[None] * 6]
                               + b.movedim(0, 0)[None, None, :, :, :, :, *[None] * 3]
@@ -125,30 +129,35 @@ def test_the_layers_ask_for_just_what_the_network_asks_for():
         arch = chosen(space, random_options(space, seeded(seed)))
         network = derive.Network(arch).eval()
         with Asked() as whole:
-            network(latency.last(torch.randn(1, 1, 32, 32)))
+            network(latency.random_image(1, 32))
         parts = []
-        for kind, *sizes in layers(arch):
-            f, channels, size = latency.LAYERS[kind](*sizes)
-            x = latency.last(torch.randn(1, channels, size, size))
+        for layer in layers(arch):
+            f = latency.build(flops.Layer(*layer))
+            x = latency.random_image(*layer[1:4:2])
             with Asked() as part:
                 f(x)
             parts += part.calls
-        whole = [call for call in whole.calls if "randn" not in call[0]]
-        assert sorted(parts) == sorted(whole) and len(parts) > 100
+        assert sorted(parts) == sorted(call for call in whole.calls if "randn" not in call[0])
+        assert len(parts) > 100
+
+
+def walk(spaces):
+    """What `latency.tables` gets from derive.py, without supernets."""
+    return lambda cost: [table_of(space, cost) for space in spaces]
 
 
 def test_times_are_kept_and_what_is_missing_or_from_elsewhere_is_measured(tmp_path, monkeypatch):
     file, asked = tmp_path / "latency.json", []
 
-    def measure(makers):
-        asked.append(len(makers))
-        return list(range(1, len(makers) + 1))
+    def measure(builders):
+        asked.append(len(builders))
+        return list(range(1, len(builders) + 1))
     monkeypatch.setattr(latency, "measure", measure)
     monkeypatch.setattr(latency, "sample", lambda tables, network, seed: ([2, 8, 10], [3, 12, 20]))
     small = SPACES["small"]
 
     def tables(spaces):
-        return latency.tables(spaces, 1, 10, None, file)
+        return latency.tables(walk(spaces), None, file)
     first, = tables(small[:1])
     again, = tables(small[:1])
     assert len(asked) == 1 and all(torch.equal(a, b) for a, b in zip(first.blocks, again.blocks))
@@ -157,7 +166,8 @@ def test_times_are_kept_and_what_is_missing_or_from_elsewhere_is_measured(tmp_pa
     tables(small[1:2])
     assert len(asked) == 2 and asked[1] > 0
     saved = json.loads(file.read_text())
-    assert saved["factor"] == 1.5 and both[0].fixed == round(1.5 * saved["nanoseconds"]["stem 1 16 28"])
+    assert saved["factor"] == 1.5
+    assert both[0].fixed == round(1.5 * saved["nanoseconds"]["stem 1 16 28 14 3 hswish"])
     for key, value in (("machine", "other"), ("threads", 99), ("torch", "0.1"), ("device", "cuda")):
         file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
         tables(small[:2])
@@ -171,21 +181,20 @@ def test_times_are_kept_and_what_is_missing_or_from_elsewhere_is_measured(tmp_pa
 
 def test_the_sample_is_of_networks_of_each_space_with_their_costs(monkeypatch):
     spaces, made, times = SPACES["small"][:3], [], random_times()
-    tables = [latency.costs(space, 1, 10, times) for space in spaces]
     monkeypatch.setattr(latency, "measure_networks", lambda networks: [10 * n for n in networks])
 
     def network(which, options):
         made.append((which, chosen(spaces[which], options)))
         return len(made)
-    sums, measured = latency.sample(tables, network, 1)
-    assert measured == list(range(10, 211, 10)) and [which for which, _ in made] == [0, 1, 2] * 7
-    assert len(set(made)) == 21 and sums == [sum(times(*key) for key in layers(a)) for _, a in made]
+    sums, wholes = latency.sample(walk(spaces)(times), network, 1)
+    assert wholes == list(range(10, 211, 10)) and [which for which, _ in made] == [0, 1, 2] * 7
+    assert len(set(made)) == 21 and sums == [sum(map(times, layers(arch))) for _, arch in made]
 
 
 def test_a_time_is_the_lower_quartile_over_rounds_and_whole(monkeypatch):
     calls, clock = [], itertools.count()
     monkeypatch.setattr(latency.time, "perf_counter_ns", lambda: next(clock) ** 2)     # ever slower
-    found = latency.measure([lambda: (calls.append, 3, 4)] * 2)
+    found = latency.measure([(lambda: calls.append, 3, 4)] * 2)
     assert len(calls) == 2 * latency.ROUNDS * (latency.CALLS + 1)
     assert {tuple(x.shape) for x in calls} == {(1, 3, 4, 4)}
     times = [(2 * n + 1) ** 2 - (2 * n) ** 2 for n in range(2 * latency.ROUNDS * latency.CALLS)]
@@ -196,5 +205,5 @@ def test_a_time_is_the_lower_quartile_over_rounds_and_whole(monkeypatch):
 
 
 def test_the_error_of_sums():
-    sums, measured = [1.0, 2.2, 2.25], [1.0, 2.0, 3.0]
-    assert latency.error(sums, measured) == pytest.approx((0.1, 0.25, statistics.correlation(sums, measured)))
+    sums, wholes = [1.0, 2.2, 2.25], [1.0, 2.0, 3.0]
+    assert latency.error(sums, wholes) == pytest.approx((0.1, 0.25, statistics.correlation(sums, wholes)))

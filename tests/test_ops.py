@@ -53,24 +53,16 @@ def test_a_candidate_at_any_prefix_width_is_a_plain_one_with_sliced_weights(op):
             wide = candidate(op, stride, expand)
             plain = plain_candidate(wide, op, inputs, hidden, outputs, stride, expand)
             x = image(inputs)
-            found = wide(x, (hidden, hidden), torch.ones(1), outputs)
+            found = wide(x, (hidden,), torch.ones(1), outputs)
             assert found.shape == (3, outputs, pixels(5, kernel(op), stride), pixels(5, kernel(op), stride))
             assert_close(found, plain(x), rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_without_widths_a_candidate_is_at_its_widest(op):
-    for stride, expand in itertools.product((1, 2), (True, False)):
-        wide, x = candidate(op, stride, expand), image(WIDE[0])
-        plain = plain_candidate(wide, op, WIDE[0], WIDE[1] if expand else WIDE[0], WIDE[2], stride, expand)
-        assert_close(wide(x), plain(x), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_gradients_of_a_narrow_candidate_stay_in_the_prefix(op):
     wide, x = candidate(op), image(8).requires_grad_()
     plain, z = plain_candidate(wide, op, 8, 24, 16, 1, True), x.detach().clone().requires_grad_()
-    wide(x, (24, 24), torch.ones(1), 16).square().sum().backward()
+    wide(x, (24,), torch.ones(1), 16).square().sum().backward()
     plain(z).square().sum().backward()
     assert_close(x.grad, z.grad, rtol=1e-9, atol=1e-9)
     mine, theirs = [p.grad for p in wide.parameters()], [p.grad for p in plain.parameters()]
@@ -83,14 +75,14 @@ def test_gradients_of_a_narrow_candidate_stay_in_the_prefix(op):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_two_expansions_are_one_soft_mask_behind_batch_norm_and_activation(op):
-    for low, high in ((8, 48), (24, 40), (40, 48), (24, 24), (8, 16)):  # of 8 and 16 both squeeze to 8
+def test_hidden_widths_are_one_soft_mask_behind_batch_norm_and_activation(op):
+    for widths in ((8, 48), (24, 40), (24, 24), (8, 16), (8, 24, 16, 40)):  # of 8 and 16 both squeeze to 8
         for stride in (1, 2):
-            wide, gates = candidate(op, stride), torch.tensor([0.3, 0.7], dtype=torch.float64)
-            x = image(16)
-            found = wide(x, (low, high), gates, 24)
-            hidden = soft_mask((low, high), gates, 48)
-            squeezed = soft_mask((near8(low / 4), near8(high / 4)), gates, 16)
+            wide, x = candidate(op, stride), image(16)
+            gates = torch.arange(1, 1 + len(widths), dtype=torch.float64).softmax(0)
+            found = wide(x, widths, gates, 24)
+            hidden, squeezed = (soft_mask(sizes, gates, size) for sizes, size in (
+                (widths, 48), ([near8(width / 4) for width in widths], 16)))
             assert_close(found, masked_candidate(wide, op, x, hidden, squeezed), rtol=1e-9, atol=1e-9)
 
 
@@ -132,13 +124,13 @@ def test_batch_norm_is_by_the_batch_in_every_mode():
         assert_close(norm(x[:, :4], layer.train(training)), wanted[:, :4], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("low, high", [(8, 24), (16, 24), (1, 2), (3, 3)])
-def test_the_mask_is_the_weighted_sum_of_two_prefixes(low, high):
-    gates = torch.tensor([0.2, 0.8])
-    prefix = torch.stack([torch.cat([torch.ones(w), torch.zeros(high - w)]) for w in (low, high)])
-    assert_close(mask(gates, low, high), gates @ prefix)
-    assert mask(gates, low, high).shape == (high,)
-    assert torch.equal(mask(torch.ones(1), high, high), torch.ones(high))
+@pytest.mark.parametrize("widths", [(8, 24), (1, 2), (3, 3), (8, 24, 16, 40), (16, 8, 8, 16), (5,)])
+def test_the_mask_is_the_weighted_sum_of_prefixes(widths):
+    gates = torch.arange(1.0, 1 + len(widths)) / sum(range(1, 1 + len(widths)))
+    found = mask(widths, gates)
+    assert found.shape == (max(widths),)
+    for channel, value in enumerate(found.tolist()):
+        assert value == pytest.approx(sum(g for width, g in zip(widths, gates.tolist()) if channel < width))
 
 
 def test_a_residual_is_cut_or_padded_to_the_output():

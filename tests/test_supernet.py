@@ -3,7 +3,7 @@
 The oracles: FBNetV2 as defined, every convolution at its full width and every choice of width a soft mask
 (`masked_supernet`), which slicing must equal; textbook layers at the chosen widths for one path alone; and
 for the draws, the probabilities of drawing without replacement from the softmax, worked out by hand. Steps of
-the two parameter sets are those of step.py, with search.py's optimisers.
+the two parameter sets are by search.py's `backward` and optimizers.
 """
 import argparse
 import copy
@@ -22,15 +22,18 @@ from oracles import (
     random_options,
     seeded,
     settle,
+    share_of_images,
 )
-from step import alpha_step, two_paths, weight_step
 from torch.testing import assert_close
 
 import data
-from search import optimisers
+from search import backward, optimizers
 from space import SPACES, Block, Space
-from supernet import CHOICES, Draw, SuperNet, require_grad, temperature
+from supernet import CHOICES, Draw, SuperNet, require_grad, step_sampled, temperature
 
+# Row 2 has no expand convolution: its hidden widths are its input widths, of which its second block has two.
+UNEXPANDED = TINY._replace(blocks=(Block(0, 0, (1,), (8, 16, 24), 1, False, False),
+                                   Block(0, 1, (1,), (8, 16, 24), 1, True, False), *TINY.blocks[1:]))
 SETTINGS = argparse.Namespace(lr=0.1, weight_decay=1e-2, alpha_lr=0.02)
 
 
@@ -38,8 +41,10 @@ def small(stage=1, channels=1, space=None):
     return settle(SuperNet(space or SPACES["small"][stage], channels, 10, seeded()), 3)
 
 
-@pytest.mark.parametrize("space", [TINY, TINY._replace(stem=12), *SPACES["small"][0:4:3], SPACES["paper"][0]],
-                         ids=["tiny", "tiny with a stem of 12", "small A0", "small A3", "paper A0"])
+@pytest.mark.parametrize("space", [TINY, TINY._replace(stem=12), UNEXPANDED, *SPACES["small"][0:4:3],
+                                   SPACES["paper"][0]],
+                         ids=["tiny", "tiny with a stem of 12", "unexpanded", "small A0", "small A3",
+                              "paper A0"])
 def test_the_sliced_supernet_is_the_full_width_masked_one(space):
     sliced = small(channels=2, space=space).double()
     for seed in range(1 if space.name == "paper" else 3):
@@ -72,6 +77,25 @@ def test_one_path_is_the_network_of_its_choices(space):
         assert_same_logits(found, wanted)
 
 
+@pytest.mark.parametrize("space", [UNEXPANDED, SPACES["small"][4], SPACES["small"][1]._replace(stem=12),
+                                   SPACES["paper"][0]],
+                         ids=["unexpanded", "small A4", "small A1 with a stem of 12", "paper A0"])
+@torch.no_grad()
+def test_gates_of_0_and_1_for_two_sampled_paths_give_the_network_of_one_of_them(space):
+    net = small(channels=3, space=space).double()
+    for seed in range(2 if space.name == "paper" else 6):
+        options, path, x = [], [], images(8, 3, 32, seed).double()
+        for draws in net.sample(1.0, seeded(seed)):
+            chosen = {name: int(torch.randint(len(draw.options), (1,), generator=seeded(seed + len(options))))
+                      for name, draw in draws.items()}
+            path.append({name: Draw(draw.options, torch.eye(2).double()[chosen[name], :len(draw.options)])
+                         for name, draw in draws.items()})
+            options.append(tuple(draws[name].options[chosen[name]] for name in CHOICES))
+        found, wanted = net(x, path), plain_network(net, options)(x)
+        assert share_of_images(wanted) > 0.1
+        assert float((found - wanted).norm() / wanted.norm()) < 1e-12
+
+
 def test_the_supernet_is_its_parameters_alone_and_normalises_by_the_batch_in_every_mode():
     net, x = small(space=TINY), images(4, 1, 16)
     assert net.state_dict().keys() == dict(net.named_parameters()).keys()           # no running statistics
@@ -84,12 +108,13 @@ def test_a_narrow_input_makes_a_narrow_hidden_layer():
     net = small(space=TINY)
     x = images(2, 8, 8)
     path = net.path([(0, 2, 0)])[0]
-    before = net.blocks[1](x, path)
+    one = torch.ones(1)
+    before, _ = net.blocks[1](x, ((8,), one), path)
     with torch.no_grad():
         for c in net.blocks[1].candidates:
             c.depthwise.weight[24:].fill_(float("nan"))
-    assert torch.equal(net.blocks[1](x, path), before)
-    assert net.blocks[1](images(2, 16, 8), path).isnan().all()
+    assert torch.equal(net.blocks[1](x, ((8,), one), path)[0], before)
+    assert net.blocks[1](images(2, 16, 8), ((16,), one), path)[0].isnan().all()
 
 
 def test_weights_and_alphas_are_two_parameter_sets_that_share_none():
@@ -212,11 +237,13 @@ def sampled(net, path):
 def test_a_weight_step_moves_what_it_sampled_and_nothing_else(teacher):
     net, y = small(1).train(), torch.arange(4)
     require_grad(net.alphas(), False)
-    sgd, _ = optimisers(net, SETTINGS)
+    sgd, _ = optimizers(net, SETTINGS)
     for step in range(4):                                            # after the first, there is momentum
         before = copy.deepcopy(net.state_dict())
         wanted = sampled(net, net.sample(1.0, data.generator(step, 0)))
-        weight_step(net, teacher, sgd, net.weights(), (images(4, 1, 16, step), y), 1, 1.0, 0.3, (step,))
+        sgd.zero_grad()
+        backward(net, teacher, (images(4, 1, 16, step), y), (step, 0), 1.0, 0.3, 1)
+        sgd.step()
         moved = {name for name, now in net.state_dict().items() if not torch.equal(now, before[name])}
         assert moved == wanted
         assert all(a.grad is None for a in net.alphas())                # no gradient of a frozen parameter
@@ -225,14 +252,15 @@ def test_a_weight_step_moves_what_it_sampled_and_nothing_else(teacher):
 
 def active(net, path):
     """For each logit vector its sampled options that matter: two expansions may round to one hidden width."""
-    width, found = net.space.stem, []
+    inputs, found = [net.space.stem], []
     for block, draws in zip(net.blocks, path, strict=True):
         for name in block.alphas:
             options = draws[name].options
-            if name == "expansion" and len({block.block.hidden(width, o) for o in options}) == 1:
+            if name == "expansion" and len({block.block.hidden(*pair)
+                                            for pair in itertools.product(inputs, options)}) == 1:
                 options = ()
             found.append((draws[name].options, options))
-        width = block.block.widths[draws["width"].options[-1]]
+        inputs = [block.block.widths[option] for option in draws["width"].options]
     return found
 
 
@@ -241,9 +269,8 @@ def test_an_alpha_step_has_a_gradient_for_the_sampled_options_alone():
     require_grad(net.weights(), False)
     for step in range(4):
         net.zero_grad()
-        loss, _ = two_paths(net, None, images(4, 1, 16, step), y, 1.0, 0.0, seeded(step))
-        loss.backward()
-        path = net.sample(1.0, seeded(step))
+        backward(net, None, (images(4, 1, 16, step), y), (step,), 1.0, 0.0, 1)
+        path = net.sample(1.0, data.generator(step))
         for alpha, (drawn, moving) in zip(net.alphas(), active(net, path), strict=True):
             others = [o for o in range(len(alpha)) if o not in drawn]
             assert (alpha.grad[others] == 0).all() and (alpha.grad[list(moving)] != 0).all()
@@ -252,13 +279,15 @@ def test_an_alpha_step_has_a_gradient_for_the_sampled_options_alone():
 
 def test_an_alpha_step_moves_the_sampled_options_alone_whatever_their_momentum():
     net, y, stale = small(3).train(), torch.arange(4), 0
-    _, adam = optimisers(net, SETTINGS)
+    _, adam = optimizers(net, SETTINGS)
+    require_grad(net.weights(), False)
     for step in range(5):
         before = [a.detach().clone() for a in net.alphas()]
         weights = {name: p.detach().clone() for name, p in net.named_parameters() if ".alphas." not in name}
         wanted = active(net, net.sample(1.0, data.generator(step, 1)))
-        alpha_step(net, None, adam, net.weights(), net.alphas(), lambda: None, (images(4, 1, 16, step), y), 1,
-                   1.0, 0.0, (step,))
+        adam.zero_grad()
+        backward(net, None, (images(4, 1, 16, step), y), (step, 1), 1.0, 0.0, 1)
+        step_sampled(adam, net.alphas())
         now = dict(net.named_parameters())
         assert all(torch.equal(now[name], p) for name, p in weights.items())
         assert all(p.grad is None for p in net.weights())               # nor is it computed
