@@ -23,7 +23,7 @@ import data
 import derive
 import search
 import train
-from flops import macs, params
+from flops import bounds, macs, params
 from network import Network
 from ops import initialise
 from space import SPACES, Arch
@@ -78,7 +78,8 @@ def test_a_network_is_trained_by_the_recipe(more):
     tested, run = [], Run(None, {}, torch.device("cpu"))
     found = train.train(network, TINY.stage, loader, index, lambda net: tested.append(net) or 0.25, args, run)
     for name, tensor in found.state_dict().items():
-        torch.testing.assert_close(tensor, wanted[name].to(tensor.dtype), rtol=1e-6, atol=1e-9, msg=name)
+        if "num_batches" not in name:                                         # which nothing reads
+            torch.testing.assert_close(tensor, wanted[name], rtol=1e-6, atol=1e-9, msg=name)
     assert [(row["epoch"], row["accuracy"]) for row in run.state["rows"]] == [(0, 0.25), (1, 0.25)]
     assert tested == [found] * 2
 
@@ -149,7 +150,7 @@ def test_a_network_stands_in_the_results_from_scratch_and_from_inherited_weights
     assert capsys.readouterr().out.count(train.saving(rows, "A0")) == 1
     one, other = (torch.load(tmp_path / f"{name}.trained.pt", weights_only=True)
                   for name in ("A0", "A0.inherit"))
-    assert not torch.equal(one["head.weight"], other["head.weight"])
+    assert not torch.equal(one["classifier.weight"], other["classifier.weight"])
     train.main([arch, *FAST, *out, "--resume"])                                        # both are trained
     train.main([arch, *FAST, *out, "--resume", "--init", "inherit"])
     said = [f"{label} is trained: {100 * row['accuracy']:.2f} % after {len(row['epochs'])} epochs"
@@ -249,7 +250,7 @@ def test_a_piece_of_one_pixel_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(data, "load", lambda name, part: data.fake(40, (0,), size=32))
     with torch.device("meta"):
         net = SuperNet(SPACES["paper"][0], 1, 10)
-    (tmp_path / "A0.json").write_text(derive.arch(net, [(0, 0, 0)] * len(net.blocks)).to_json())
+    (tmp_path / "A0.json").write_text(derive.arch_of(net, [(0, 0, 0)] * len(net.blocks)).to_json())
     refused(train.main, [str(tmp_path / "A0.json"), "--data", "fake", "--batch-size", "1"],
             "a piece of one image, of which A0 leaves one pixel", capsys)
 
@@ -308,7 +309,7 @@ def test_of_the_likeliest_near_a_budget_the_best_is_taken(searched, tmp_path, mo
 
 def test_a_budget_of_time_gives_a_network_whose_layers_keep_it(searched, tmp_path, capsys):
     supernets = [derive.open_supernet(searched, stage) for stage in (0, 1)]
-    low, high = derive.bounds(derive.measured_costs(supernets, searched / "latency.json")[0])
+    low, high = bounds(derive.latency_costs(supernets, searched / "latency.json")[0])
     for more in ([], ["--refine", "2"]):
         capsys.readouterr()
         derive.main([str(searched), "--latency", f"{(low + high) / 2e6}ms", "--out",
@@ -324,9 +325,9 @@ def test_a_budget_of_time_gives_a_network_whose_layers_keep_it(searched, tmp_pat
 
 
 def test_the_front_reaches_from_the_cheapest_to_the_dearest(searched, tmp_path):
-    derive.main([str(searched), "--points", "4", "--out", str(tmp_path / "front.json")])
+    derive.main([str(searched), "--points", "3", "--out", str(tmp_path / "front.json")])
     rows = json.loads((tmp_path / "front.json").read_text())
-    ends = [derive.bounds(derive.space_costs(derive.open_supernet(searched, stage))) for stage in (0, 1)]
+    ends = [bounds(derive.space_costs(derive.open_supernet(searched, stage))) for stage in (0, 1)]
     sizes = [row["flops"] for row in rows]
     assert sizes == sorted(set(sizes)) and sizes[0] == ends[0][0] and sizes[-1] == ends[1][1]
     for row in rows:
