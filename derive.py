@@ -251,7 +251,7 @@ def under_budget(args, supernets, accuracy):
         tables = [space_costs(supernets[0])]
     limit = budget or bounds(tables[0])[1]          # every network is within what the dearest costs
     spaces = list(zip(map(log_probabilities, supernets), tables))
-    which, solution = choose_stage(spaces, limit, show)
+    which, solution = choose_stage(spaces, limit, show) if budget else (0, viterbi(*spaces[0], 0.0))
     if args.refine > 1:
         solutions = alternatives(*spaces[which], limit, args.refine)
         accuracies = [report(supernets[which], s, accuracy)["accuracy"] for s in solutions]
