@@ -3,6 +3,9 @@
 How an image is augmented is a function of its place in the run, as everything else that is drawn: it does
 not depend on the workers, on the processes, or on where a run was taken up again.
 """
+from machinery import files
+from machinery.workers import work
+
 import errno
 import math
 import os
@@ -15,8 +18,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms import v2
 
 import data
-from machinery import files
-from machinery.workers import work
 
 # Others are not tried, whatever a file says that it is: a PostScript file would be run, by Ghostscript.
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif")

@@ -4,6 +4,8 @@ Its input `image` is uint8 pixels (batch, C, R, R) in 0..255, so that pixels of 
 the program refuses; its output is `logits` (batch, classes). Normalisation is its first layer. The facts of
 the network's file (classes, architecture, accuracy, ..) travel as metadata, paths and source lines do not.
 """
+from machinery.files import Refused, write
+
 import copy
 import importlib.util
 import io
@@ -12,8 +14,6 @@ import warnings
 from pathlib import Path
 
 import torch
-
-from machinery.files import Refused, write
 
 FACTS = "facts.json"                # the name of a .pt2's extra file
 BATCH = {"image": {0: torch.export.Dim("batch")}}

@@ -6,6 +6,10 @@
 Which classes and test images are drawn depends on the sorted names and on the seed alone. decode.py reads
 the files.
 """
+from machinery import files, processes
+from machinery.decode import CHUNK, ENDINGS, Loader, decode
+from machinery.workers import cores, work
+
 import functools
 import hashlib
 import itertools
@@ -19,10 +23,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from tqdm import tqdm
-
-from machinery import files, processes
-from machinery.decode import CHUNK, ENDINGS, Loader, decode
-from machinery.workers import cores, work
 
 # ImageNet's, by which nearly all networks are trained
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -4,6 +4,9 @@ workers.
 The oracles: files written by hand and with Pillow, torchvision's Resize and CenterCrop, its names of
 ImageNet's classes, and the same batch from other workers, another start and in shards.
 """
+from machinery import decode, flags, folder, workers
+from machinery.files import Refused
+
 import contextlib
 import itertools
 import json
@@ -29,8 +32,6 @@ import derive
 import flops
 import search
 import train
-from machinery import decode, flags, folder, workers
-from machinery.files import Refused
 from space import Arch
 
 ROOT = Path(__file__).parent.parent

@@ -2,6 +2,9 @@
 
 The oracle is written from the paper's definitions, as textbook layers; the tools are PyTorch's own.
 """
+from machinery import export, files
+from machinery.decode import Decoder
+
 import copy
 import io
 import json
@@ -27,8 +30,6 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import SqueezeExcitation
 
 import network as network_file
-from machinery import export, files
-from machinery.decode import Decoder
 from network import InvertedResidual, Network, load, predict, read_image, save
 from space import Arch, ArchBlock
 
