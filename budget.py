@@ -82,6 +82,20 @@ def most_likely(log_p, table, budget):
     return close_gap(log_p, table, budget, *bisect(log_p, table, budget, 0.0))
 
 
+def spend(log_p, table, budget, share=0.95):
+    """A likely `Solution` that spends a budget: at most all of it, and if any does, at least this share.
+
+    It is the most likely one within the budget, exactly, if that costs enough. Else cost is rewarded until
+    networks come near the budget: of the 256 best at this reward, it is the best that costs enough.
+    """
+    solution = most_likely(log_p, table, budget)
+    if solution.cost >= share * budget:
+        return solution
+    penalty, nearest = bisect(log_p, table, budget, -1e3 / budget)
+    listed = viterbi_list(log_p, table, penalty, 256)
+    return next((s for s in listed if share * budget <= s.cost <= budget), nearest)
+
+
 def bisect(log_p, table, budget, low):
     """(a penalty, the most likely `Solution` that it gives within `budget`), by bisection from `low` up.
 
@@ -164,7 +178,7 @@ def choose_stage(spaces, budget, show, nearest=False):
 
     Log-likelihoods of different spaces do not compare. The nats that a stage's most likely network loses to
     the budget do: the stage that loses the least, and of equals the last, searched networks of this size.
-    nearest: the `Solution` is not the most likely within the budget, but the one at the penalty, or reward,
+    nearest: the `Solution` is not the most likely within the budget, but the one at the penalty or reward
     that comes nearest to it from below. Refused, with bounds as `show` writes them, if no stage spans it.
     """
     best, ends = None, []
@@ -175,7 +189,7 @@ def choose_stage(spaces, budget, show, nearest=False):
         if nearest:
             _, solution = bisect(log_p, table, budget, -1e3 / budget)
         else:
-            solution = most_likely(log_p, table, budget)
+            solution = spend(log_p, table, budget)
         lost = viterbi(log_p, table, 0.0).log_likelihood - solution.log_likelihood
         if best is None or lost <= best[0]:
             best = lost, which, solution
@@ -187,12 +201,13 @@ def choose_stage(spaces, budget, show, nearest=False):
 def alternatives(log_p, table, budget, count):
     """Up to `count` of the most likely `Solution`s near and within a budget, best first.
 
-    The first is exact. The others are those that are best at the budget's penalty and lie within it. The
+    The first is by `spend`. The others are those that are best at the budget's penalty and lie within it. The
     list at this penalty has networks on both sides of the budget, and grows until enough lie within.
     """
-    first = most_likely(log_p, table, budget)
-    free = viterbi(log_p, table, 0.0).cost <= budget
-    penalty = 0.0 if free else bisect(log_p, table, budget, 0.0)[0]
+    first = spend(log_p, table, budget)
+    free = viterbi(log_p, table, 0.0).cost
+    low = -1e3 / budget if free < first.cost else 0.0                    # the first was rewarded for its cost
+    penalty = 0.0 if free == first.cost else bisect(log_p, table, budget, low)[0]
     found, length = [], 4 * count
     while len(found) < count:
         listed = viterbi_list(log_p, table, penalty, length)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from budget import alternatives, choose_stage, most_likely, viterbi
+from budget import alternatives, choose_stage, spend, viterbi
 from flops import Layer, bounds, costs, each, macs, params
 from network import Network
 from space import CANDIDATES, SPACES, Arch, ArchBlock, round8
@@ -59,11 +59,11 @@ def arch_of(supernet, options):
 
 
 def derive(supernet, flops=None):
-    """The supernet's most likely network, as an `Arch`; with `flops`, the most likely of at most so many
-    MACs, exactly. ValueError if even the cheapest network has more.
+    """The supernet's most likely network, as an `Arch`; with `flops`, the most likely that spends so many
+    MACs: at most all of them, and at least 95 % (`budget.spend`). ValueError if even the cheapest has more.
     """
     log_p, table = log_probabilities(supernet), space_costs(supernet)
-    solution = most_likely(log_p, table, flops) if flops else viterbi(log_p, table, 0.0)
+    solution = spend(log_p, table, flops) if flops else viterbi(log_p, table, 0.0)
     return arch_of(supernet, solution.options)
 
 

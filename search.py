@@ -52,7 +52,7 @@ def search(args, images, out, run):
         arch = derive(supernet, args.flops_target[stage])
         network, accuracy = evaluate_derived(arch, supernet, loader, parts, args.seed, stage, WEIGHTS)
         finish_stage(run, out, arch, accuracy, supernet)
-        teacher = network if args.distill else None                      # Eq. 4's: frozen, in eval mode
+        teacher = teacher_of(supernet, network, args)                    # Eq. 4's, for the next stage
     return run.state["summary"]
 
 
@@ -136,10 +136,24 @@ def previous(args, out, loader, parts, run):
     if stage < 0 or args.method == "scaling":
         return None, None
     supernet = open_supernet(out, stage).to(run.device)
-    if not args.distill:
-        return supernet, None
     arch = Arch.from_json((out / f"A{stage}.json").read_text())
-    return supernet, evaluate_derived(arch, supernet, loader, parts, args.seed, stage, WEIGHTS)[0]
+    network, _ = evaluate_derived(arch, supernet, loader, parts, args.seed, stage, WEIGHTS)
+    return supernet, teacher_of(supernet, network, args)
+
+
+def teacher_of(supernet, network, args):
+    """Who teaches the next stage (Eq. 4), a function of images (B, C, H, W) -> logits (B, classes), or None.
+
+    "Previous teacher SuperNet predictions": those of its most likely path, for which no budget is needed. Or
+    those of the network that was derived from it, with batch-norm statistics of its own.
+    """
+    if not args.distill:
+        return None
+    if args.teacher == "network":
+        return network
+    require_grad(supernet.parameters(), False)
+    path = supernet.path(supernet.likeliest())
+    return lambda x: supernet(x, path)
 
 
 def finish_stage(run, out, arch, accuracy, supernet=None):

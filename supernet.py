@@ -122,6 +122,11 @@ class SuperNet(nn.Module):
         single = Draw((0,), gates.new_ones(1))
         return [dict.fromkeys(CHOICES, single) | dict(zip(block.alphas, draws)) for block in self.blocks]
 
+    def likeliest(self):
+        """The most likely option of every choice: for each block (operation, expansion, width) as indices."""
+        return [tuple(int(block.alphas[name].argmax()) if name in block.alphas else 0 for name in CHOICES)
+                for block in self.blocks]
+
     def path(self, options):
         """The path of choices made: for each block (operation, expansion, width) as indices."""
         single = torch.ones(1, device=self.classifier.weight.device)

@@ -78,6 +78,9 @@ def search_parser(description):
                    help="ablation (Fig. 6): every stage from scratch, without SuperNet2SuperNet")
     g.add_argument("--no-distill", dest="distill", action="store_false",
                    help="ablation (Fig. 6): without the teacher of Eq. 4")
+    g.add_argument("--teacher", choices=("supernet", "network"), default="supernet",
+                   help="who speaks in Eq. 4: the previous supernet on its most likely path, or the network "
+                   "derived from it (supernet)")
     g.add_argument("--widen", choices=("eq3", "split", "zero", "naive"), default="eq3",
                    help="how new channels are consumed: by Eq. 3, or not at first, which preserves every "
                    "old sub-network; or random, as in --method naive (eq3)")

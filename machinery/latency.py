@@ -50,8 +50,10 @@ def build(layer):
     """What `network.Network` computes in a `flops.Layer`, as a function of an image, in eval mode."""
     inputs, outputs = layer.inputs, layer.outputs
     if layer.name == "residual":
-        y, more = random_image(outputs, layer.pixels), outputs - inputs
-        return lambda x: y + (F.pad(x, (0, 0, 0, 0, 0, more)) if more > 0 else x[:, :outputs] if more else x)
+        y, wider = random_image(outputs, layer.pixels), outputs - inputs
+        if wider > 0:
+            return lambda x: y + F.pad(x, (0, 0, 0, 0, 0, wider))
+        return lambda x: y + (x[:, :outputs] if wider else x)
     if layer.name == "squeeze":
         module = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(inputs, outputs, 1), nn.ReLU())
     elif layer.name == "excite":

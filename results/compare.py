@@ -36,10 +36,11 @@ import flops
 import search
 import train
 from budget import viterbi
-from derive import evaluate, evaluate_derived, open_supernet
+from derive import arch_of, evaluate, evaluate_derived, open_supernet, space_costs
 from network import Network
 from ops import initialise
-from space import CANDIDATES, SPACES, Arch, ArchBlock
+from space import SPACES, Arch
+from supernet import SuperNet
 
 HERE = Path(__file__).parent
 NETWORKS, SEARCHES, RANKS = (HERE / f"{name}.jsonl" for name in ("networks", "searches", "ranks"))
@@ -69,44 +70,35 @@ def add(file, row):
 
 @functools.cache
 def space_of(stage):
-    """(space, its costs in MACs, in parameters) of the small space on Fashion-MNIST."""
-    space = SPACES["small"][stage]
-    return space, *(flops.costs(space, 1, 10, cost) for cost in ("macs", "params"))
-
-
-def arch_of(space, options):
-    """The `Arch` of one (operation, expansion, width) a block, as indices."""
-    blocks, width = [], space.stem
-    for block, (op, expansion, out) in zip(space.blocks, options, strict=True):
-        blocks.append(ArchBlock(list(CANDIDATES)[op], block.hidden(width, expansion), block.widths[out],
-                                block.stride, block.residual, block.expand))
-        width = block.widths[out]
-    return Arch(space.name, space.stage, space.resolution, 1, 10, space.stem, space.head, tuple(blocks))
+    """(a supernet of the small space for Fashion-MNIST, without memory; its costs in MACs, in parameters)."""
+    with torch.device("meta"):
+        supernet = SuperNet(SPACES["small"][stage], 1, 10)
+    return supernet, space_costs(supernet, flops.Layer.macs), space_costs(supernet, flops.Layer.params)
 
 
 def random_networks(stage, count):
     """`count` networks drawn uniformly from the options of a stage's space, at most 3 % below its target."""
-    space, target, found = space_of(stage)[0], flops.TARGETS["small"][stage], []
+    supernet, target, found = space_of(stage)[0], flops.TARGETS["small"][stage], []
     for n in itertools.count():
         if len(found) == count:
             return found
         g = data.generator(DRAWN, stage, n)
         options = [[int(torch.randint(size, (1,), generator=g))
-                    for size in (8, len(b.expansions), len(b.widths))] for b in space.blocks]
-        arch = arch_of(space, options)
+                    for size in (8, len(b.expansions), len(b.widths))] for b in supernet.space.blocks]
+        arch = arch_of(supernet, options)
         if 0.97 * target <= flops.macs(arch) <= target:
             found.append(arch)
 
 
 def largest(stage):
     """The network with the most parameters within the target's MACs: by bisection on a price of MACs."""
-    (space, macs, params), target = space_of(stage), flops.TARGETS["small"][stage]
+    (supernet, macs, params), target = space_of(stage), flops.TARGETS["small"][stage]
     zeros = [tuple(torch.zeros(n, dtype=torch.float64) for n in table.shape[1:]) for table in macs.blocks]
 
     def at(price):
         table = flops.Costs(0.0, [price * m - p for m, p in zip(macs.blocks, params.blocks)],
                             price * macs.head - params.head)
-        return arch_of(space, viterbi(zeros, table, 1.0)[0])
+        return arch_of(supernet, viterbi(zeros, table, 1.0).options)
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2
@@ -116,11 +108,11 @@ def largest(stage):
 
 def by_hand(stage):
     """ir_k3_se_hs everywhere, expansions and widths at one height of their ranges, the highest that fits."""
-    space, best = space_of(stage)[0], None
+    supernet, best = space_of(stage)[0], None
     for height in np.linspace(0, 1, 101):
         options = [(6, round(height * (len(b.expansions) - 1)), round(height * (len(b.widths) - 1)))
-                   for b in space.blocks]
-        arch = arch_of(space, options)
+                   for b in supernet.space.blocks]
+        arch = arch_of(supernet, options)
         best = arch if flops.macs(arch) <= flops.TARGETS["small"][stage] else best
     return best
 
@@ -147,8 +139,8 @@ def train_network(arch_json, seed, epochs):
     run = Run(None, {}, torch.device("cpu"), most_skipped=0)
     train.train(network, arch.stage, loader, parts[0], lambda network: 0.0, args, run)
     accuracy = evaluate(network, loader, parts[1])
-    return {"stage": arch.stage, "seed": seed, "epochs": epochs, "accuracy": accuracy, "flops": flops.macs(arch),
-            "params": flops.params(arch), "seconds": time.perf_counter() - clock, "arch": arch_json}
+    return {"stage": arch.stage, "seed": seed, "epochs": epochs, "accuracy": accuracy,
+            "flops": flops.macs(arch), "params": flops.params(arch), "seconds": time.perf_counter() - clock, "arch": arch_json}
 
 
 def run_search(folder, seed, flags_of_search):
@@ -156,8 +148,9 @@ def run_search(folder, seed, flags_of_search):
     torch.set_num_threads(1)
     out = Path(folder) / f"seed{seed}"
     search.main(["--seed", str(seed), "--out", str(out), "--resume", *flags_of_search])
-    return [row | {"seed": seed, "flags": flags_of_search, "arch": (out / f"A{row['stage']}.json").read_text()}
-            for row in json.loads((out / "summary.json").read_text())]
+    summary = json.loads((out / "summary.json").read_text())
+    archs = [(out / f"A{row['stage']}.json").read_text() for row in summary]
+    return [row | {"seed": seed, "flags": flags_of_search, "arch": arch} for row, arch in zip(summary, archs)]
 
 
 def side_by_side(jobs, tasks):
@@ -221,7 +214,7 @@ def find(args):
 
 
 def rank(args):
-    """Accuracy with the supernet's weights of 24 random networks a stage, which are trained with two seeds."""
+    """24 random networks a stage: their accuracy with the supernet's weights, and trained with two seeds."""
     known = {(row["stage"], row["arch"]) for row in rows(RANKS)}
     for stage in args.stages:
         supernet = open_supernet(Path(args.runs) / "seed0", stage)
@@ -269,7 +262,8 @@ def table(args):
         if len(full) > 1:
             seeds = np.mean([np.var(x, ddof=1) for x in full]) ** 0.5
             networks = np.std([np.mean(x) for x in full], ddof=1)
-            print(f"A{stage} {epochs:>3} epochs: networks {networks:.2f}, seeds {seeds:.2f} (n = {len(full)})")
+            print(f"A{stage} {epochs:>3} epochs: networks {networks:.2f}, seeds {seeds:.2f} "
+                  f"(n = {len(full)})")
     print(f"\nAfter {args.epochs} epochs, training seed 0, accuracy on the architecture part in %")
     for stage in args.stages:
         kinds = {}
