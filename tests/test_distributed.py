@@ -72,7 +72,11 @@ def trained():
     loader = data.Loader(images, images.statistics(index), BATCH, CPU)
     network = Network(chosen(TINY._replace(resolution=16), [(0, 0, 0), (7, 1, 1), (4, 2, 1)]))
     initialise(network, data.generator(3))
-    network.register_forward_pre_hook(lambda net, x: sizes.append(len(x[0])) if net.training else None)
+
+    def note(network, x):
+        if torch.is_grad_enabled():
+            sizes.append(len(x[0]))
+    network.register_forward_pre_hook(note)
     args, run = argparse.Namespace(**PLAIN | {"batch_size": BATCH, "lr": 0.1, "ema": 0.5}), Run(None, {}, CPU)
     network = train.train(network, 0, loader, index,
                           lambda net: evaluate(net, loader, torch.arange(160, 221)), args, run)
