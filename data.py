@@ -14,6 +14,8 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
 FASHION = Path(__file__).parent / "datasets" / "FashionMNIST" / "raw"
+FASHION_CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
+                   "Ankle boot")                          # Table 2 of its paper
 CACHE = Path("~/.cache/adasearch")                        # where torchvision keeps what it downloads
 NAMES = ("fashion", "cifar10", "cifar100", "fake")
 PAD = 2  # pixels that a random crop may move, as usual at 28-32 pixels
@@ -23,7 +25,12 @@ class Images(NamedTuple):
     """A set of labelled images in memory."""
     pixels: torch.Tensor                                  # (N, C, H, W) uint8
     labels: torch.Tensor                                  # (N,) long
-    classes: int
+    class_names: tuple
+    crop = 1.0                                            # the share of an image's shorter side that is seen
+
+    @property
+    def classes(self):
+        return len(self.class_names)
 
     @property
     def channels(self):
@@ -80,7 +87,7 @@ def fashion(part, folder=FASHION):
     if len(labels) != len(pixels) or labels.max() > 9:
         raise ValueError(f"{folder}: {len(labels)} labels of {len(pixels)} images, from {labels.min()} to "
                          f"{labels.max()}, not 0 to 9, a label an image")
-    return Images(pixels, labels, 10)
+    return Images(pixels, labels, FASHION_CLASSES)
 
 
 def cifar(name, part, folder=CACHE):
@@ -99,7 +106,7 @@ def cifar(name, part, folder=CACHE):
             raise OSError(f"{archive} is not whole ({why}): delete it, or put the right one there") from None
         raise OSError(f"cannot be downloaded ({why}): put {kind.filename} into {archive.parent}") from None
     pixels = torch.from_numpy(images.data).permute(0, 3, 1, 2).contiguous()                 # (N, 3, 32, 32)
-    return Images(pixels, torch.tensor(images.targets), len(images.classes))
+    return Images(pixels, torch.tensor(images.targets), tuple(images.classes))
 
 
 def fake(n, position, classes=10, channels=1, size=28):
@@ -109,7 +116,7 @@ def fake(n, position, classes=10, channels=1, size=28):
     g = generator(*position)
     labels = torch.randint(classes, (n,), generator=g)
     noisy = 0.6 * patterns[labels] + 0.4 * torch.rand(n, channels, size, size, generator=g)
-    return Images((255 * noisy).byte(), labels, classes)
+    return Images((255 * noisy).byte(), labels, tuple(f"pattern {n}" for n in range(classes)))
 
 
 def load(name, part):

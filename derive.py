@@ -60,9 +60,7 @@ def arch_of(supernet, options):
 
 def derive(supernet, flops=None):
     """The supernet's most likely network, as an `Arch`; with `flops`, the most likely that spends so many
-    MACs: at most all of them, and at least 95 % (`budget.spend`).
-
-    ValueError if even the cheapest network has more.
+    MACs: at most all of them, and at least 95 % (`budget.spend`). ValueError if even the cheapest has more.
     """
     log_p, table = log_probabilities(supernet), space_costs(supernet)
     solution = spend(log_p, table, flops) if flops else viterbi(log_p, table, 0.0)

@@ -2,11 +2,14 @@
 
 A trained network is one file. It holds what its weights mean: architecture, normalisation, classes.
 
+    python network.py A3.net.pt photo.jpg photos/       # a line an image: class and probability
+
     from network import load, predict
     network = load("A3.net.pt")                         # images (B, C, R, R) in, logits (B, classes) out
     for path, name, probability in predict(network, ["photo.jpg"]):
         print(f"{path}: {name}, {probability:.1%}")
 """
+import argparse
 import contextlib
 import functools
 import json
@@ -227,3 +230,19 @@ def predict(network, paths):
             image = read_image(file, network.arch, network.facts["crop"]).to(network.normalise.mean.device)
             probability, index = network(image).softmax(1)[0].max(0)
             yield file, network.classes[index], float(probability)
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(prog="network.py", description=__doc__.partition("\n")[0])
+    p.add_argument("network", type=Path, metavar="A3.net.pt", help="a network, as train.py leaves it")
+    p.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
+    args = p.parse_args(argv)
+    try:
+        for path, name, probability in predict(load(args.network), args.images):
+            print(f"{path}: {name}, {probability:.1%}")
+    except (OSError, ValueError) as error:
+        p.exit(2, f"network.py: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -34,7 +34,7 @@ STARS = "*Xd<>8"                                                # of networks th
 STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 8, "xtick.labelsize": 8,
          "ytick.labelsize": 8, "axes.linewidth": 0.6, "lines.linewidth": 1.2, "lines.markersize": 5,
          "hatch.linewidth": 0.7, "patch.linewidth": 0.7, "axes.spines.top": False,
-         "axes.spines.right": False, "legend.frameon": False}
+         "axes.spines.right": False, "legend.frameon": False, "text.parse_math": False}
 DRAWN = {"trained.json": ("trained, test images", {}),
          "summary.json": ("supernet's weights, architecture part", {"mfc": "white", "ls": "--"})}
 # Warm is ReLU and cool is hswish, dark has squeeze-excite; in grey these are four steps. Hatched is 5x5.
@@ -64,7 +64,7 @@ def curve(runs, path):
     if any(len(p) > 1 for group in (others, *(line.points for line in lines)) for p in group.values()):
         handles.append(Line2D([], [], color="0.3", marker="|", ms=8, lw=0.8,
                               label="standard deviation over n seeds"))
-    with rc_context(STYLE):
+    with styled():
         figure = blank(7.2, 2.7 * len(files) + 0.4 + 0.17 * math.ceil(len(handles) / 2))
         panels, notes = figure.subplots(len(files), 2, sharex="col", sharey="row", squeeze=False), {}
         for (row, file), column in itertools.product(enumerate(files), (0, 1)):
@@ -158,7 +158,7 @@ def architectures(run, path):
     step, tall = min(0.6, max(0.29, 5.5 / len(columns))), 0.6
     left = {column: 0.95 + n * step + 0.12 * column[0] for n, column in enumerate(columns)}   # all in inches
     right, height = left[columns[-1]] + step, 1.2 * len(archs) + 0.85
-    with rc_context(STYLE):
+    with styled():
         figure = blank(max(7.2, right + 0.05), height, None)
         axis = figure.add_axes((0, 0, 1, 1), xlim=(0, max(7.2, right + 0.05)), ylim=(0, height))
         axis.set_axis_off()
@@ -202,7 +202,7 @@ def alphas(run, path):
     stages = history(run)
     words = [op[3:].replace("_", " ") for op in CANDIDATES]
     most, done = max(len(steps[-1][1]) for steps in stages.values()), 0
-    with rc_context(STYLE):
+    with styled():
         figure = blank(max(4.5, 0.8 + 1.28 * len(stages)), 2.8 + 0.15 * most)
         grid = figure.add_gridspec(2, len(stages), height_ratios=(0.6 + 0.15 * most, 1.6))
         below = figure.add_subplot(grid[1, :])
@@ -229,6 +229,11 @@ def alphas(run, path):
     return save(figure, path)
 
 
+def styled():
+    """A context of matplotlib's own defaults and our `STYLE`, whatever the user's matplotlibrc says."""
+    return style.context(STYLE, after_reset=True)
+
+
 def blank(width, height, layout="constrained"):
     """An empty figure of so many inches that needs no screen."""
     figure = Figure((width, height), dpi=200, layout=layout)
@@ -239,7 +244,7 @@ def blank(width, height, layout="constrained"):
 def save(figure, path):
     """Write a figure as PNG, whole or not at all, and return it."""
     content = io.BytesIO()
-    with rc_context(STYLE):
+    with styled():
         figure.savefig(content, format="png")
     files.write(path, content.getvalue())
     return figure
@@ -251,6 +256,8 @@ def main(argv=None):
     p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
     p.add_argument("--out", type=Path, metavar="DIR", help="folder of the pictures (the first run's)")
     args = p.parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")       # names of folders need not be UTF-8
     for run in args.runs:
         if not run.is_dir():
             p.error(f"{run} is not a folder")

@@ -1,15 +1,16 @@
 """Training a derived network, or all of a run, from scratch or from the supernet's weights (Experiments).
 
     python train.py runs/001                     # A0.json, A1.json, .. of a run, then the curve
-    python train.py runs/001 --init inherit      # from the supernet's weights, and what that saves
-    python train.py runs/001/A3.json --export net.pt2
+    python train.py runs/001 --init inherit      # from the supernet's weights
+    python train.py runs/001/A3.net.pt --export A3.onnx
     torchrun --nproc_per_node 8 train.py runs/001   # a process a GPU, each on its shard of every batch
 
 `train` is the recipe ("retraining"): SGD with Nesterov momentum, linear warm-up and a cosine to zero, label
 smoothing, weight decay of weight matrices alone, dropout before the classifier, an exponential moving average
-of the weights. The network of the last epoch counts: no model is selected on test images.
+of the weights. The network of the last epoch counts: no model is selected on test images. What is trained is
+one file, A3.net.pt, which network.py loads, and runs on images: `python network.py A3.net.pt photo.jpg`.
 """
-from machinery import files, flags, folder, processes
+from machinery import export, files, flags, folder, processes
 from machinery.files import Refused
 from machinery.flags import number
 from machinery.results import curves
@@ -17,7 +18,8 @@ from machinery.run import Run
 
 import argparse
 import contextlib
-import importlib.util
+import io
+import itertools
 import json
 import math
 import os
@@ -31,8 +33,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import data
 import flops
 import plot
-from derive import evaluate, inherit, open_supernet
-from network import Network
+from derive import RECALIBRATION, evaluate, inherit, open_supernet, recalibrate
+from network import Network, load, save
 from supernet import initialise
 
 # The paper says 180 epochs of ImageNet; the other values for it are common ones. Those for small images are
@@ -41,12 +43,12 @@ DEFAULTS = {"paper": {"epochs": 180, "batch_size": 1024, "lr": 0.4, "dropout": 0
             "small": {"epochs": 3, "batch_size": 64, "lr": 0.2, "dropout": 0.0, "ema": 0.0}}
 SETTINGS = ("epochs", "batch_size", "accumulate", "lr", "weight_decay", "smoothing", "dropout", "ema",
             "autocast", "init", "seed", "data")         # what makes a training what it is
-BATCHES, INITIAL = range(10, 12)                # what is drawn: with seed and stage it seeds a generator
+BATCHES, INITIAL, STATISTICS = range(10, 13)    # what is drawn: with seed and stage it seeds a generator
 
 
 def learning_rate(peak, step, steps, warmup=0.05):
     """Linear warm-up over the first 5 % of the steps, then a cosine to zero. The paper is silent."""
-    progress = (step + 1) / steps
+    progress = (step + 0.5) / steps
     return peak * min(progress / warmup, 0.5 + 0.5 * math.cos(math.pi * progress))
 
 
@@ -88,68 +90,29 @@ def train(network, stage, loader, index, test, args, run):
                 average.update_parameters(network)
 
         if run.ends_epoch(step):
-            processes.broadcast(network)
-            processes.broadcast(result)
+            some = loader.shuffled(index, args.seed, stage, STATISTICS, epoch)
+            recalibrate(result, itertools.islice(some, RECALIBRATION))      # after few steps it lags behind
             row = run.log({"epoch": epoch, "accuracy": test(result)})
             print(f"{args.name} epoch {epoch}: loss {row['loss']:.3f}, "
                   f"accuracy {100 * row['accuracy']:.2f} %, {row['seconds']:.0f} s", flush=True)
     return result
 
 
-def initial(arch, args, run_folder):
-    """A `Network` of `arch` with random weights, or with those of its stage's supernet, in the run's folder.
+def initial(arch, args):
+    """A `Network` of `arch` with random weights, or with those of its stage's supernet, in args.run_folder.
 
     Refused if it is no part of that supernet.
     """
     network = Network(arch, args.dropout)
     initialise(network, data.generator(args.seed, arch.stage, INITIAL))
     if args.init == "inherit":
-        supernet = open_supernet(run_folder, arch.stage)
+        supernet = open_supernet(args.run_folder, arch.stage)
         try:
             inherit(network, supernet)
         except (RuntimeError, ValueError):              # more channels than the supernet has, or more blocks
-            raise Refused(f"the network is no part of the supernet in {run_folder / f'A{arch.stage}.pt'}, so "
+            raise Refused(f"the network is no part of the supernet in {args.run_folder}/A{arch.stage}.pt, so "
                           "it has no weights to begin with") from None
     return network
-
-
-def export(network, file):
-    """Write `network` for use without this code: a torch.export program (.pt2), or ONNX (.onnx).
-
-    A .pt2 is loaded again, and its logits compared: Refused if they differ. It is whole or absent.
-    """
-    arch, network = network.arch, network.cpu().eval()
-    x = torch.randn(2, arch.in_channels, arch.resolution, arch.resolution)
-    batch = {0: torch.export.Dim("batch")}
-    temporary = file.with_name(f"part.{file.name}")
-    try:
-        if file.suffix == ".onnx":
-            torch.onnx.export(network, (x,), temporary, dynamo=True, dynamic_shapes=(batch,), verbose=False)
-        else:
-            torch.export.save(torch.export.export(network, (x,), dynamic_shapes=(batch,)), temporary)
-            with torch.no_grad():
-                moved = float((torch.export.load(temporary).module()(x) - network(x)).abs().max())
-            if moved > 1e-4:
-                raise Refused(f"the logits of {file} differ by {moved:.1e} from the network's")
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
-    print(f"exported: {file}")
-
-
-def saving(rows, name):
-    """What the supernet's weights save network `name`, in words; None unless it is trained both ways.
-
-    A cosine's last epochs are its best, so the lengths of both schedules are named.
-    """
-    epochs = {row["init"]: row["epochs"] for row in rows if row["name"] == name}
-    if len(epochs) < 2:
-        return None
-    goal, n = epochs["scratch"][-1]["accuracy"], len(epochs["inherit"])
-    enough = [e["epoch"] + 1 for e in epochs["inherit"] if e["accuracy"] >= goal]
-    when = f"after {enough[0]} of {n}" if enough else f"not within {n}"
-    return (f"{name} with the supernet's weights reaches {100 * goal:.2f} %, that of "
-            f"{len(epochs['scratch'])} epochs from scratch, {when} epochs")
 
 
 def parser():
@@ -182,7 +145,7 @@ def parser():
     return p
 
 
-def networks(what):
+def read_archs(what):
     """The `Arch`s that the command line names, {file name without ending: Arch}, and their folder."""
     paths = sorted(what.glob("A[0-4].json")) if what.is_dir() else [what]
     if not paths:
@@ -190,13 +153,21 @@ def networks(what):
     return {file.stem: flags.read_arch(file) for file in paths}, paths[0].parent
 
 
-def own_images(args, archs, run_folder):
-    """`args` with the images of the run in `run_folder`, unless flags say otherwise, and the seed that split
-    them: the run's own, so that its test images stay those that it never saw. args.own is true of them.
+def read_trained(path):
+    """The `network.TrainedNetwork` in a file. Refused if it holds none."""
+    try:
+        return load(path)
+    except ValueError as error:
+        raise Refused(error) from None
+
+
+def own_images(args, archs):
+    """Which images: those of the run in args.run_folder, unless flags say otherwise, and the seed that split
+    them: the run's own, so that its test images stay those that it never saw. own is true of them.
     """
     wanted, ran = flags.DATA | {"seed": args.seed}, {}
-    if (run_folder / "args.json").exists():
-        ran = vars(flags.settings_of(run_folder))
+    if (args.run_folder / "args.json").exists():
+        ran = vars(flags.settings_of(args.run_folder))
         if args.data in (None, ran["data"]):
             wanted |= {key: ran[key] for key in ("data", "classes", "skip_broken", "seed")}
     wanted |= {key: getattr(args, key) for key in flags.DATA if getattr(args, key) is not None}
@@ -206,25 +177,20 @@ def own_images(args, archs, run_folder):
     return argparse.Namespace(**wanted)
 
 
-def check(args, archs, run_folder, images):
+def check(args, archs, images):
     """Refused if what the flags name does not fit together."""
     for name, arch in archs.items():
         if arch.in_channels != images.channels or args.init == "inherit" and arch.classes != images.classes:
             raise Refused(f"{name} is for {arch.in_channels} channels and {arch.classes} classes, but --data "
                           f"{args.data} has {images.channels} and {images.classes}")
-        if args.init == "inherit" and not (run_folder / f"A{arch.stage}.pt").exists():
-            raise Refused(f"--init inherit needs the supernet's weights, {run_folder / f'A{arch.stage}.pt'}")
+        weights = args.run_folder / f"A{arch.stage}.pt"
+        if args.init == "inherit" and not weights.exists():
+            raise Refused(f"--init inherit needs the supernet's weights, {weights}")
     if args.validate and (args.resume or args.export):
         raise Refused("--validate writes nothing, and goes on with nothing: not with --resume or --export")
-    curves([args.out or run_folder])            # which the curve at the end will be drawn of
     if args.export and len(archs) > 1:
         raise Refused("--export writes one network: name its ARCH.json")
-    if args.export and args.export.suffix not in (".pt2", ".onnx"):
-        raise Refused(f"--export {args.export} ends neither in .pt2 nor in .onnx")
-    if args.export and not args.export.parent.is_dir():
-        raise Refused(f"--export {args.export}: there is no folder {args.export.parent}")
-    if args.export and args.export.suffix == ".onnx" and not importlib.util.find_spec("onnxscript"):
-        raise Refused("--export to .onnx needs onnx: pip install onnx onnxscript, or export to .pt2")
+    curves([args.out])            # which the curve at the end will be drawn of
 
 
 def completed(args, arch, name, device):
@@ -234,116 +200,125 @@ def completed(args, arch, name, device):
     return argparse.Namespace(**vars(args) | defaults | given | {"name": name})
 
 
-def check_size(name, arch, args, images, device):
+def check_size(arch, args, images, device):
     """Refused if a batch does not fit images or processes, or an `Arch` the memory."""
     if args.batch_size > images:
         raise Refused(f"--batch-size {args.batch_size} is more than the {images} images")
-    flags.check_pixels(args, arch.resolution, name, arch.blocks)
+    flags.check_pixels(args, arch.resolution, args.name, arch.blocks)
     need = flops.training_memory(arch, flags.batch_pieces(args)[0]) / 2 ** 30
     has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 ** 30
     if device.type == "cuda":
         has = torch.cuda.mem_get_info(device)[1] / 2 ** 30
     if need > has:
-        raise Refused(f"{name} needs {need:,.1f} GB to train with --batch-size {args.batch_size}, by an "
-                      f"estimate that is rather low, but there are {has:,.1f}: take a larger --accumulate, "
-                      "or a smaller network")
+        raise Refused(f"{args.name} needs {need:,.1f} GB to train with --batch-size {args.batch_size}, by an "
+                      f"estimate that is rather low, but there are {has:,.1f}: take a larger --accumulate, or "
+                      "a smaller network")
 
 
-def read_rows(file):
-    """The rows of a trained.json, none if it is not there. Refused if it is not what `enter` writes."""
-    if not file.exists():
-        return []
-    rows = files.read_json(file, list)
-    try:
-        kinds = {(type(row["name"]), type(row["init"]), type(row["epochs"][-1]["accuracy"])) for row in rows}
-    except (TypeError, LookupError) as error:
-        raise Refused(f"{file} is not what train.py writes ({error!r})") from None
-    if kinds - {(str, str, float)}:
-        raise Refused(f"{file} is not what train.py writes: name, init or accuracy are of other types")
-    return rows
+def is_trained(args, settings):
+    """Whether args.out has the network that is asked for, trained with these settings.
+
+    Refused if there is one of other settings, or if --resume is missing where something would be overwritten.
+    """
+    path, checkpoint = args.out / f"{args.name}.net.pt", args.out / f"{args.name}.last.pt"
+    for file in (path, checkpoint):
+        if file.exists() and not args.resume:
+            raise Refused(f"{file} is there already: --resume goes on, or skips what is trained; another "
+                          "--out trains anew")
+    if not path.exists():
+        return False
+    known = read_trained(path).facts["trained_on"]
+    for key, value in settings.items():
+        if known.get(key) != value:
+            raise Refused(f"{path} was trained with {key} {known.get(key)}, not {value}: choose another "
+                          "--out")
+    return True
 
 
 def enter(file, row):
-    """Write `row` into a trained.json, in place of the one of its name and init; returns all rows."""
-    rows = [r for r in read_rows(file) if (r["name"], r["init"]) != (row["name"], row["init"])] + [row]
-    rows.sort(key=lambda r: (r["name"], r["init"]))
-    processes.write(file, json.dumps(rows, indent=1) + "\n")
-    return rows
+    """Write `row` into a trained.json, in place of the one of its name and init."""
+    def label(row):
+        return row["name"], row["init"]
+    rows = files.read_json(file, list) if file.exists() else []
+    rows = [*(other for other in rows if label(other) != label(row)), row]
+    files.write(file, json.dumps(sorted(rows, key=label), indent=1) + "\n")
 
 
-def train_all(args, archs, run_folder, out, images, test_images, device, signals):
-    """Train each of `archs` that is not trained yet, and write it and the results into the folder `out`."""
-    index, test_index = torch.arange(len(images.labels)), torch.arange(len(test_images.labels))
+def train_one(arch, images, test_images, parts, args, run):
+    """Train one network. Returns the bytes of its A3.net.pt, with its normalisation and what it is, and the
+    rows of the log. parts: indices of the images to train on, and of the test images.
+    """
+    statistics = images.statistics(parts[0])
+    loader = images.loader(statistics, args.batch_size, run.device)
+    test_loader = test_images.loader(statistics, args.batch_size, run.device)
+
+    def test(network):
+        return evaluate(network, test_loader, parts[1])
+    network = train(initial(arch, args).to(run.device), arch.stage, loader, parts[0], test, args, run)
+    rows, content = run.state["rows"], io.BytesIO()
+    save(content, network, *statistics, images.class_names, rows[-1]["accuracy"], run.settings, images.crop)
+    return content.getvalue(), rows
+
+
+def train_all(args, archs, images, test_images, device, signals):
+    """Train each of `archs` that is not trained yet, and write it and the results into args.out."""
+    parts = torch.arange(len(images.labels)), torch.arange(len(test_images.labels))
     if args.validate:
-        index, test_index = data.split(images.labels, args.split_seed)
-    statistics = images.statistics(index)
-    rows = processes.on_rank0(read_rows, out / "trained.json")
+        parts = data.split(images.labels, args.split_seed)
     for name, searched in archs.items():
         arch = searched._replace(classes=images.classes, resolution=images.resolution)  # as the images are
         label = name if args.init == "scratch" else f"{name}.{args.init}"     # what its files are called
         given = completed(args, arch, label, device)
-        given.data = f"{len(index):,} images of {getattr(images, 'digest', args.data)}"
-        processes.on_rank0(check_size, name, arch, given, len(index), device)
-        checkpoint_path, weights_path = out / f"{label}.last.pt", out / f"{label}.trained.pt"
-        trained = [row for row in rows if (row["name"], row["init"]) == (name, args.init)]
-        if args.resume and trained and not checkpoint_path.exists():
-            accuracy, epochs = trained[0]["epochs"][-1]["accuracy"], len(trained[0]["epochs"])
-            print(f"{label} is trained: {100 * accuracy:.2f} % after {epochs} epochs", flush=True)
-            if args.export and processes.rank() == 0:
-                network = Network(arch)
-                network.load_state_dict(files.load_checkpoint(weights_path))
-                export(network, args.export)
-            continue
+        given.data = f"{len(parts[0]):,} images of {getattr(images, 'digest', args.data)}"
+        processes.on_rank0(check_size, arch, given, len(parts[0]), device)
         settings = {key: getattr(given, key) for key in SETTINGS} | {"network": arch.to_json()}
-        run = Run(None if args.validate else checkpoint_path, settings, device, signals, most_skipped=0)
+        path, checkpoint = args.out / f"{label}.net.pt", args.out / f"{label}.last.pt"
+        if not args.validate and processes.on_rank0(is_trained, given, settings):
+            print(f"{label} is trained: {path}", flush=True)
+            continue
+        run = Run(None if args.validate else checkpoint, settings, device, signals, most_skipped=0)
         if args.resume:
             run.resume()
-        loader = images.loader(statistics, given.batch_size, device)
-        test_loader = test_images.loader(statistics, given.batch_size, device)
-
-        def test(network, loader=test_loader):
-            return evaluate(network, loader, test_index)
-        network = initial(arch, given, run_folder).to(device)
-        network = train(network, arch.stage, loader, index, test, given, run)
+        content, epochs = train_one(arch, images, test_images, parts, given, run)
         if args.validate or processes.rank():
             continue                                        # of many processes rank 0 writes
-        epochs = run.state["rows"]
-        row = {"name": name, "init": args.init, "stage": arch.stage, "flops": flops.macs(arch),
-               "params": flops.params(arch), "accuracy": epochs[-1]["accuracy"], "seconds": run.seconds(),
-               "seed": args.seed, "epochs": epochs}
-        processes.save_checkpoint(weights_path, network.state_dict())
-        if arch != searched:
-            processes.write(out / f"{label}.trained.json", arch.to_json())
-        rows = enter(out / "trained.json", row)
-        checkpoint_path.unlink()
-        if says := saving(rows, name):
-            print(says, flush=True)
-        if args.export:
-            export(network, args.export)
-    if processes.rank() == 0 and not args.validate and (out / "summary.json").exists():
-        plot.curve([out], out / "curve.png")
-        print(f"curve: {out / 'curve.png'}")
+        files.write(path, content)
+        enter(args.out / "trained.json", {
+            "name": name, "init": args.init, "stage": arch.stage, "flops": flops.macs(arch),
+            "params": flops.params(arch), "accuracy": epochs[-1]["accuracy"], "seconds": run.seconds(),
+            "seed": args.seed, "epochs": epochs})
+        checkpoint.unlink()
+        print(f"{label} is trained: {path}", flush=True)
+    if processes.rank() == 0 and not args.validate and (args.out / "summary.json").exists():
+        plot.curve([args.out], args.out / "curve.png")
+        print(f"curve: {args.out / 'curve.png'}")
 
 
 @flags.command
 def main(argv=None):
     args = processes.on_rank0(parser().parse_args, argv)
-    archs, run_folder = processes.on_rank0(networks, args.what)
-    out, device = args.out or run_folder, processes.choose_device(args.device)
-    wanted = processes.on_rank0(own_images, args, archs, run_folder)
-    checked = out if (out / "checked.json").exists() else run_folder
+    if args.export:
+        processes.on_rank0(export.check, args.export)
+    if args.what.name.endswith(".net.pt") and args.export:
+        return processes.on_rank0(export.export, read_trained(args.what), args.export)
+    archs, args.run_folder = processes.on_rank0(read_archs, args.what)
+    args.out, device = args.out or args.run_folder, processes.choose_device(args.device)
+    wanted = processes.on_rank0(own_images, args, archs)
+    checked = args.out if (args.out / "checked.json").exists() else args.run_folder
     images = flags.load_images(wanted, "train", checked)
     test_images = images if args.validate else flags.load_images(wanted, "test", checked)
     args.data, args.split_seed = wanted.data, wanted.seed                   # the parts of the search
-    processes.on_rank0(check, args, archs, run_folder, images)
+    processes.on_rank0(check, args, archs, images)
     with contextlib.ExitStack() as stack, processes.catch_signals() as signals:
-        processes.on_rank0(flags.lock, out, stack)
+        processes.on_rank0(flags.lock, args.out, stack)
         if wanted.own:
-            folder.unchanged(images, run_folder)
+            folder.unchanged(images, args.run_folder)
         if not args.validate:
-            folder.record(images, out)
-            folder.record(test_images, out)
-        train_all(args, archs, run_folder, out, images, test_images, device, signals)
+            folder.record(images, args.out)
+            folder.record(test_images, args.out)
+        train_all(args, archs, images, test_images, device, signals)
+    if args.export:
+        processes.on_rank0(export.export, read_trained(args.out / f"{next(iter(archs))}.net.pt"), args.export)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ class Decoder:
 
     def __init__(self, images):
         self.root, self.names, self.labels = images.root, images.names, images.labels
-        self.resolution = images.resolution
+        self.resolution, self.crop = images.resolution, images.crop
         self.augment = v2.Compose([v2.RandomResizedCrop(self.resolution), v2.RandomHorizontalFlip(),
                                    v2.ColorJitter(0.4, 0.4, 0.4), v2.PILToTensor()])
 
@@ -84,7 +84,7 @@ class Decoder:
         """
         image = decode(os.path.join(self.root, os.fsdecode(self.names[i])))
         if seed is None:
-            side = min(image.size) * 224 / 256
+            side = min(image.size) * self.crop
             left, top = ((length - side) / 2 for length in image.size)
             size = (self.resolution, self.resolution)
             return v2.functional.pil_to_tensor(image.resize(size, Image.Resampling.BILINEAR,

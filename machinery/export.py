@@ -19,6 +19,16 @@ FACTS = "facts.json"                # the name of a .pt2's extra file
 BATCH = {"image": {0: torch.export.Dim("batch")}}
 
 
+def check(path):
+    """Refused if nothing can be exported to `path`, before any work."""
+    if path.suffix not in (".pt2", ".onnx"):
+        raise Refused(f"--export {path} ends neither in .pt2 nor in .onnx")
+    if not path.parent.is_dir():
+        raise Refused(f"--export {path}: there is no folder {path.parent}")
+    if path.suffix == ".onnx" and not importlib.util.find_spec("onnxscript"):
+        raise Refused("--export to .onnx needs onnx: pip install onnx onnxscript, or export to .pt2")
+
+
 def export(trained, path):
     """Write a `network.TrainedNetwork` to `path`, a .pt2 or .onnx: one file, whole or not at all.
 
@@ -29,9 +39,7 @@ def export(trained, path):
     arch = trained.arch
     image = torch.randint(256, (2, arch.in_channels, arch.resolution, arch.resolution), dtype=torch.uint8,
                           generator=torch.Generator().manual_seed(0))
-    form = {".pt2": pt2, ".onnx": onnx}.get(Path(path).suffix)
-    if form is None:
-        raise Refused(f"{path} ends neither in .pt2 nor in .onnx")
+    form = {".pt2": pt2, ".onnx": onnx}[Path(path).suffix]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")                                   # of exporters about their own code
         raw, logits = form(trained, image)
@@ -40,6 +48,7 @@ def export(trained, path):
     if not off <= 1e-3 * float(wanted.abs().max()):
         raise Refused(f"the logits of {path} differ by {off:.1e} from the network's")
     write(path, raw)
+    print(f"exported: {path}")
 
 
 def facts(trained):
@@ -73,8 +82,6 @@ def pt2(trained, image):
 
 def onnx(trained, image):
     """(the bytes of an .onnx, the logits of `image` by onnxruntime or, where that is missing, None)."""
-    if not importlib.util.find_spec("onnxscript"):
-        raise Refused("an .onnx needs pip install onnx onnxscript; or export to .pt2")
     found = torch.onnx.export(program(trained, image), (image,), dynamo=True, verbose=False,
                               input_names=["image"], output_names=["logits"], dynamic_shapes=BATCH)
     for node in found.model.graph:

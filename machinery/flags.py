@@ -270,7 +270,21 @@ def search_arguments(argv, description):
                               f"has {value}")
     args = completed(args)
     batch_pieces(args)
+    if args.out and args.out.is_dir() and not args.dry_run:
+        check_folder(args.out, args.resume)         # before images are read, which may take long
     return args
+
+
+def check_folder(out, resume):
+    """Refused if the folder `out` holds something else than the run that is to be gone on with."""
+    held = {path.name for path in out.iterdir() if path.suffix != ".tmp"}
+    if resume and "last.pt" not in held and "A0.pt" in held:
+        raise Refused(f"{out} has finished stages but no last.pt, so nothing says how to go on: choose "
+                      "another folder")
+    if resume and held and "args.json" not in held:
+        raise Refused(f"--resume: {out} is not the folder of a run, it has no args.json")
+    if not resume and held:
+        raise Refused(f"--out {out} holds something already: choose another folder, or add --resume")
 
 
 def run_folder(args, stack):
@@ -287,14 +301,7 @@ def run_folder(args, stack):
     else:
         out = args.out
     lock(out, stack)
-    held = {path.name for path in out.iterdir() if path.suffix != ".tmp"}
-    if args.resume and "last.pt" not in held and "A0.pt" in held:
-        raise Refused(f"{out} has finished stages but no last.pt, so nothing says how to go on: choose "
-                      "another folder")
-    if args.resume and held and "args.json" not in held:
-        raise Refused(f"--resume: {out} is not the folder of a run, it has no args.json")
-    if not args.resume and held:
-        raise Refused(f"--out {out} holds something already: choose another folder, or add --resume")
+    check_folder(out, args.resume)
     return out
 
 

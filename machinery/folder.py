@@ -40,6 +40,7 @@ class Folder(NamedTuple):
     resolution: int
     workers: int
     channels = 3
+    crop = 224 / 256                                      # of the shorter side, as is usual for ImageNet
 
     @property
     def classes(self):

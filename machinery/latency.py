@@ -53,7 +53,7 @@ def build(layer):
         y, wider = random_image(outputs, layer.pixels), outputs - inputs
         if wider > 0:
             return lambda x: y + F.pad(x, (0, 0, 0, 0, 0, wider))
-        return lambda x: y + x[:, :outputs]
+        return lambda x: y + (x[:, :outputs] if wider else x)
     if layer.name == "squeeze":
         module = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(inputs, outputs, 1), nn.ReLU())
     elif layer.name == "excite":

@@ -39,6 +39,14 @@ def reading(file):
         raise files.Refused(f"{file} is not what a run writes ({error!r})") from None
 
 
+def printable(text):
+    """A text that can be drawn: of names of files that are no UTF-8, and of what begins with an underscore,
+    which matplotlib would leave out of a legend.
+    """
+    text = str(text).encode(errors="backslashreplace").decode()
+    return f" {text}" if text.startswith("_") else text
+
+
 def table(summary):
     """The rows of a summary.json as text, a line a stage and one for the whole search."""
     lines = ["stage   MACs (M)  params (M)  accuracy (%)   seconds       kWh  CO2e (lb)"]
@@ -63,7 +71,7 @@ def measured(file):
             if not (all(0 < n < math.inf for n in counts) and 0 <= row["accuracy"] <= 1):
                 raise ValueError(f"{row['flops']} MACs, {row['params']} parameters, accuracy "
                                  f"{row['accuracy']}")
-        return [(str(row.get("name", f"A{row['stage']}")), str(row.get("init", "scratch")),
+        return [(printable(row.get("name", f"A{row['stage']}")), printable(row.get("init", "scratch")),
                  row["flops"] / 1e6, row["params"] / 1e6, 100 * row["accuracy"]) for row in rows]
 
 
@@ -88,9 +96,9 @@ def experiments(runs):
         for k, v in mine.items():
             if k not in (*NAMED, "run") and not isinstance(v, list) and any(o.get(k, v) != v for o in alike):
                 words.append({True: k, False: f"no {k}"}[v] if isinstance(v, bool) else f"{k} {v}")
-        labels.append(", ".join(words))
+        labels.append(printable(", ".join(words)))
     members = [list(seeds.values()) for seeds in groups.values()]
-    return {label if labels.count(label) == 1 else f"{label} ({folders[0]})": folders
+    return {label if labels.count(label) == 1 else printable(f"{label} ({folders[0]})"): folders
             for label, folders in zip(labels, members)}
 
 
@@ -131,7 +139,9 @@ def networks(run):
     archs = {}
     for file in sorted(Path(run).glob("A[0-4].json")):
         with reading(file):
-            archs[file.stem] = Arch.from_json(file.read_text())
+            archs[file.stem] = arch = Arch.from_json(file.read_text())
+            if max(arch.resolution, arch.stem, arch.head, *(b.out for b in arch.blocks)) > 10 ** 6:
+                raise ValueError("a width or a resolution beyond a million")
     if not archs:
         raise Missing(f"{run} has no networks A0.json, A1.json, ..")
     return archs
@@ -148,7 +158,7 @@ def history(run):
                         raise ValueError(f"{p} are not probabilities")
                 if any(len(block["op"]) != len(CANDIDATES) for block in blocks):
                     raise ValueError(f"not {len(CANDIDATES)} operations")
-                if not type(row["stage"]) is type(step) is int or min(row["stage"], step) < 0:
+                if not type(row["stage"]) is type(step) is int or row["stage"] not in range(5) or step < 0:
                     raise ValueError(f"stage {row['stage']}, step {step}")
                 stages.setdefault(row["stage"], {})[step] = blocks      # the last step may be there twice
     if not stages:

@@ -7,8 +7,7 @@ from machinery import files
 import os
 import random
 import resource
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,7 @@ def equal(one, other):
 
 def test_a_checkpoint_comes_back(tmp_path):
     files.write(tmp_path / "last.pt", files.pack(CHECKPOINT))
-    assert equal(files.load(tmp_path / "last.pt"), CHECKPOINT)
+    assert equal(files.load_checkpoint(tmp_path / "last.pt"), CHECKPOINT)
     assert equal(torch.load(tmp_path / "last.pt", weights_only=True), CHECKPOINT)
 
 
@@ -55,7 +54,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
         with pytest.raises(ValueError, match=r"^x\.pt is "):
             files.unpack(raw, "x.pt")
     with pytest.raises(FileNotFoundError):
-        files.load(tmp_path / "none.pt")
+        files.load_checkpoint(tmp_path / "none.pt")
 
 
 def test_no_code_in_a_checkpoint_is_run(tmp_path):
@@ -81,15 +80,20 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
 
 
 def test_a_folder_is_held_by_one_and_freed_by_its_death(tmp_path):
-    code = (f"from machinery import files; import time, pathlib\nwith files.lock({str(tmp_path)!r}):\n"
-            " print('held', flush=True)\n time.sleep(60)")
-    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
-                             cwd=Path(__file__).parent.parent)
-    assert other.stdout.readline() == "held\n"
+    reader, writer = os.pipe()
+    other = os.fork()
+    if other == 0:
+        try:
+            with files.lock(tmp_path):
+                os.write(writer, b"held")
+                signal.pause()
+        finally:
+            os._exit(1)
+    assert os.read(reader, 4) == b"held"
     with pytest.raises(BlockingIOError), files.lock(tmp_path):
         pass
-    other.kill()
-    other.wait()
+    os.kill(other, signal.SIGKILL)
+    os.waitpid(other, 0)
     for _ in range(2):                                                   # and by its end
         with files.lock(tmp_path):
             pass
@@ -107,26 +111,30 @@ def test_write_replaces_a_file_and_leaves_nothing_beside_it(tmp_path, content):
         assert [p.name for p in tmp_path.iterdir()] == ["A0.json"]
 
 
-def test_a_write_cut_short_leaves_the_old_file_whole(tmp_path, monkeypatch):
+@pytest.mark.parametrize("place", ["fsync", "replace"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=repr)
+def test_a_write_cut_short_leaves_the_old_file_whole(tmp_path, monkeypatch, place, error):
+    """And no other beside it but for a death, of which the name ends in .tmp."""
     path = tmp_path / "last.pt"
     path.write_bytes(b"old")
 
     def fail(*_):
-        raise OSError(28, "no space left on device")
-    monkeypatch.setattr(files.os, "fsync", fail)
-    with pytest.raises(OSError, match="no space"):
+        raise error
+    monkeypatch.setattr(files.os, place, fail)
+    with pytest.raises(type(error), match="No space" if isinstance(error, OSError) else None) as raised:
         files.write(path, b"new" * 1000)
     assert path.read_bytes() == b"old"
+    if isinstance(error, OSError):
+        assert raised.value.filename == str(path) and list(tmp_path.iterdir()) == [path]
+    assert all(file.suffix == ".tmp" for file in tmp_path.iterdir() if file != path)
 
 
-def test_a_log_is_cut_to_what_a_checkpoint_knows_and_goes_on(tmp_path):
-    path = tmp_path / "log.jsonl"
-    assert files.extend(path, 0, "") == 0 and path.read_bytes() == b""
-    assert files.extend(path, 0, "eins\n") == 5 and files.extend(path, 5, "zwölf\n") == 12
-    assert path.read_text() == "eins\nzwölf\n"
-    with open(path, "a") as file:
-        file.write("half a li")                                          # what a kill leaves
-    assert files.extend(path, 5, "drei\n") == 10 and path.read_text() == "eins\ndrei\n"
-    with pytest.raises(ValueError, match=r"log\.jsonl is shorter"):
-        files.extend(path, 11, "vier\n")
-    assert path.read_text() == "eins\ndrei\n"
+@pytest.mark.parametrize("content", [b"[1, 2", b"\xff", b"[" * 100_000, b"", b"[1]", b'"a"'])
+def test_what_is_no_json_object_is_refused_in_one_line(tmp_path, content):
+    path = tmp_path / "args.json"
+    path.write_bytes(content)
+    with pytest.raises(files.Refused, match=r"args\.json is not ") as error:
+        files.read_json(path)
+    assert "\n" not in str(error.value)
+    path.write_text('{"a": 1}')
+    assert files.read_json(path) == {"a": 1}

@@ -13,6 +13,7 @@ import math
 import random
 import statistics
 
+import matplotlib
 import pytest
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex, to_rgb
@@ -186,6 +187,44 @@ def test_texts_of_the_curve_hide_nothing(unsaved, tmp_path):
             assert frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1
             assert not any(box.overlaps(other) for other in boxes[:n])
             assert not any(path.intersects_bbox(box, filled=False) for path in paths)
+
+
+@pytest.mark.parametrize("name, shown", [("$_a_b_c$", "$_a_b_c$"), ("_hidden", " _hidden"),
+                                         ("\udcff", "\\udcff"), ("a\nb", "a\nb")])
+def test_any_name_of_a_folder_can_be_drawn(name, shown, tmp_path, capsys):
+    run = make(tmp_path / name)
+    (run / "args.json").unlink()
+    trained(run, (f"{name} x0.5", 0, 1e6, 1e5, 0.8))
+    plot.main([str(run)])
+    assert str(tmp_path) in capsys.readouterr().out
+    legend = [t.get_text() for t in plot.curve([run], tmp_path / "curve.png").legends[0].texts]
+    assert legend == [f"{shown}, n = 1", shown]
+
+
+def test_a_users_matplotlibrc_changes_nothing(tmp_path):
+    run = make(tmp_path / "run")
+    plot.curve([run], tmp_path / "plain.png")
+    with matplotlib.rc_context({"text.usetex": True, "font.size": 30, "savefig.bbox": "tight",
+                                "axes.grid": True, "axes.xmargin": 0.4, "savefig.dpi": 30}):
+        plot.curve([run], tmp_path / "theirs.png")
+    assert (tmp_path / "theirs.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "-1", "1e999", "9" * 400, "0.5.5", '"1"'])
+@pytest.mark.parametrize("file, content", [
+    ("summary.json", '[{"stage": 0, "flops": ?, "params": 100, "accuracy": 0.5}]'),
+    ("summary.json", '[{"stage": 0, "flops": 100, "params": ?, "accuracy": 0.5}]'),
+    ("trained.json", '[{"name": "A0", "stage": 0, "flops": 100, "params": 100, "accuracy": ?}]'),
+    ("log.jsonl", '{"stage": 0, "step": 1, "alphas": [[1, [{"op": [?, 1, 0, 0, 0, 0, 0, 0]}]]]}'),
+    ("log.jsonl", '{"stage": ?, "step": 1, "alphas": [[1, [{"op": [1, 0, 0, 0, 0, 0, 0, 0]}]]]}'),
+    ("A0.json", json.dumps(FACTS | {"stage": 0, "blocks": NETWORKS[0]}).replace("28", "?"))])
+def test_no_number_beyond_reason_is_drawn(number, file, content, tmp_path, capsys):
+    run = make(tmp_path / "run")
+    (run / file).write_text(content.replace("?", number))
+    with pytest.raises(SystemExit) as stopped:
+        plot.main([str(run)])
+    assert stopped.value.code == 2 and file in (error := capsys.readouterr().err) and error.count("\n") == 1
+    assert not list(run.glob("*.png"))
 
 
 def test_texts_of_one_point_stand_apart_and_only_what_is_needed_may_hide_something():

@@ -17,7 +17,6 @@ import random
 import re
 import resource
 import signal
-import sys
 
 import pytest
 import tiny
@@ -272,18 +271,9 @@ def watch(patch, reached):
     patch.setattr(search, "backward", lambda *given: (reached(), backward(*given))[1])
 
 
-@pytest.fixture(scope="module")
-def context():
-    """Of processes that begin with everything imported, and without what the tests have changed."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["search", "tiny", "test_search"])
-        multiprocessing.forkserver.ensure_running()
-    return context
-
-
-def killed(context, flags, place):
+def killed(flags, place):
+    """Whether that happened. A fork of a process that has had to do with an accelerator could not compute."""
+    context = multiprocessing.get_context("spawn" if torch.accelerator.is_available() else "fork")
     process = context.Process(target=dies, args=(flags, place))
     process.start()
     process.join()
@@ -291,17 +281,17 @@ def killed(context, flags, place):
     return process.exitcode != 0
 
 
-def test_one_kill_after_another_changes_nothing(undisturbed, tmp_path, context):
+def test_one_kill_after_another_changes_nothing(undisturbed, tmp_path):
     """A chain of processes: each is killed at a place drawn by a seed, the next goes on."""
     out, g, kills = tmp_path / "run", random.Random(0), 0
     flags = [*SHORT, "--resume", "--out", str(out)]
-    while killed(context, flags, g.randrange(20, 60)):
+    while killed(flags, g.randrange(20, 60)):
         kills += 1
     assert kills >= 2 and same(undisturbed, contents(out))
 
 
 @pytest.mark.slow
-def test_a_kill_at_any_place_changes_nothing(undisturbed, tmp_path, context):
+def test_a_kill_at_any_place_changes_nothing(undisturbed, tmp_path):
     reached = []
     with pytest.MonkeyPatch.context() as patch:
         watch(patch, lambda: reached.append(1))
@@ -309,7 +299,7 @@ def test_a_kill_at_any_place_changes_nothing(undisturbed, tmp_path, context):
     for place in range(len(reached)):
         out = tmp_path / str(place)
         flags = [*SHORT, "--resume", "--out", str(out)]
-        assert killed(context, flags, place)
+        assert killed(flags, place)
         search.main(flags)
         assert same(undisturbed, contents(out)), place
 
