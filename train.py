@@ -200,6 +200,11 @@ def completed(args, arch, name, device):
     return argparse.Namespace(**vars(args) | defaults | given | {"name": name})
 
 
+def label(name, args):
+    """What the files of a network are called."""
+    return name if args.init == "scratch" else f"{name}.{args.init}"
+
+
 def check_size(arch, args, images, device):
     """Refused if a batch does not fit images or processes, or an `Arch` the memory."""
     if args.batch_size > images:
@@ -211,8 +216,8 @@ def check_size(arch, args, images, device):
         has = torch.cuda.mem_get_info(device)[1] / 2 ** 30
     if need > has:
         raise Refused(f"{args.name} needs {need:,.1f} GB to train with --batch-size {args.batch_size}, by an "
-                      f"estimate that is rather low, but there are {has:,.1f}: take a larger --accumulate, or "
-                      "a smaller network")
+                      f"estimate that is rather low, but there are {has:,.1f}: take a larger --accumulate, "
+                      "or a smaller network")
 
 
 def is_trained(args, settings):
@@ -225,7 +230,7 @@ def is_trained(args, settings):
         if file.exists() and not args.resume:
             raise Refused(f"{file} is there already: --resume goes on, or skips what is trained; another "
                           "--out trains anew")
-    if not path.exists():
+    if not path.exists() or checkpoint.exists():    # with both, its row in trained.json may be missing
         return False
     known = read_trained(path).facts["trained_on"]
     for key, value in settings.items():
@@ -237,11 +242,11 @@ def is_trained(args, settings):
 
 def enter(file, row):
     """Write `row` into a trained.json, in place of the one of its name and init."""
-    def label(row):
+    def key(row):
         return row["name"], row["init"]
     rows = files.read_json(file, list) if file.exists() else []
-    rows = [*(other for other in rows if label(other) != label(row)), row]
-    files.write(file, json.dumps(sorted(rows, key=label), indent=1) + "\n")
+    rows = [*(other for other in rows if key(other) != key(row)), row]
+    files.write(file, json.dumps(sorted(rows, key=key), indent=1) + "\n")
 
 
 def train_one(arch, images, test_images, parts, args, run):
@@ -267,14 +272,13 @@ def train_all(args, archs, images, test_images, device, signals):
         parts = data.split(images.labels, args.split_seed)
     for name, searched in archs.items():
         arch = searched._replace(classes=images.classes, resolution=images.resolution)  # as the images are
-        label = name if args.init == "scratch" else f"{name}.{args.init}"     # what its files are called
-        given = completed(args, arch, label, device)
+        given = completed(args, arch, label(name, args), device)
         given.data = f"{len(parts[0]):,} images of {getattr(images, 'digest', args.data)}"
         processes.on_rank0(check_size, arch, given, len(parts[0]), device)
         settings = {key: getattr(given, key) for key in SETTINGS} | {"network": arch.to_json()}
-        path, checkpoint = args.out / f"{label}.net.pt", args.out / f"{label}.last.pt"
+        path, checkpoint = args.out / f"{given.name}.net.pt", args.out / f"{given.name}.last.pt"
         if not args.validate and processes.on_rank0(is_trained, given, settings):
-            print(f"{label} is trained: {path}", flush=True)
+            print(f"{given.name} is trained: {path}", flush=True)
             continue
         run = Run(None if args.validate else checkpoint, settings, device, signals, most_skipped=0)
         if args.resume:
@@ -288,7 +292,7 @@ def train_all(args, archs, images, test_images, device, signals):
             "params": flops.params(arch), "accuracy": epochs[-1]["accuracy"], "seconds": run.seconds(),
             "seed": args.seed, "epochs": epochs})
         checkpoint.unlink()
-        print(f"{label} is trained: {path}", flush=True)
+        print(f"{given.name} is trained: {path}", flush=True)
     if processes.rank() == 0 and not args.validate and (args.out / "summary.json").exists():
         plot.curve([args.out], args.out / "curve.png")
         print(f"curve: {args.out / 'curve.png'}")
@@ -318,7 +322,8 @@ def main(argv=None):
             folder.record(test_images, args.out)
         train_all(args, archs, images, test_images, device, signals)
     if args.export:
-        processes.on_rank0(export.export, read_trained(args.out / f"{next(iter(archs))}.net.pt"), args.export)
+        path = args.out / f"{label(*archs, args)}.net.pt"
+        processes.on_rank0(lambda: export.export(read_trained(path), args.export))  # which rank 0 has written
 
 
 if __name__ == "__main__":

@@ -10,13 +10,16 @@ Adapted to 28 x 28 pixels as the small space is: stem of stride 2, two more stri
 channels in the last 1x1 convolution, and depths as they were. MobileNets keep their first and third stride
 after the stem; ShuffleNetV2 goes without its pooling and its last stride.
 """
-import argparse
-import functools
-import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")                # as in train.py
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from machinery import files, flags, processes
+from machinery.run import Run
+
+import contextlib
+import functools
 
 import torch
 from torch import nn
@@ -24,18 +27,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import MobileNetV2, MobileNetV3, ShuffleNetV2
 from torchvision.models.mobilenetv3 import _mobilenet_v3_conf
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from machinery import flags, processes
-
-import recipe
-
 import data
 import flops
 import train
-from flops import amount
+from derive import evaluate
+from ops import initialise
 from space import SPACES
-from supernet import initialise
 
 HEAD = SPACES["small"][0].head
 
@@ -107,45 +104,62 @@ def nearest(build, target, channels, pixels, classes, dropout=0.0):
     return n / 50, build(n / 50, channels, classes, dropout), count(n)
 
 
-def main(argv=None):
-    p = flags.one_line(argparse.ArgumentParser(prog="reference.py", description=__doc__,
-                                               epilog="further flags: those of the training, train.py --help",
-                                               formatter_class=argparse.RawDescriptionHelpFormatter))
+def parse(argv):
+    """(this script's own arguments, train.py's)."""
+    p = flags.Parser("reference.py", __doc__)
+    p.epilog = "further flags: those of the training, train.py --help"
     p.add_argument("dir", type=Path, metavar="RUN", help="folder of a run")
-    p.add_argument("--targets", type=amount, nargs="+", metavar="F", help="MACs (those of A0, A2 and A4)")
+    p.add_argument("--targets", type=flags.amount, nargs="+", metavar="F",
+                   help="MACs (those of A0, A2 and A4)")
     own, rest = p.parse_known_args(argv)
     args = train.parser().parse_args([str(own.dir), *rest])
     for flag in ("init", "export", "validate", "out"):
         if getattr(args, flag) != train.parser().get_default(flag):
-            p.error(f"--{flag} is for train.py alone")
-    archs, folder = train.networks(p, own.dir)
-    args.data = (wanted := train.source(p, args, archs, folder)).data
-    images, test = (flags.images(p, wanted, part, folder) for part in ("train", "test"))
-    train.check(p, args, archs, folder, images)
-    device, index = processes.choose_device(p, args.device), torch.arange(len(images.labels))
-    args = train.completed(args, next(iter(archs.values())).space, device)
-    stats, channels, pixels = images.statistics(index), images.channels, images.resolution
-    loader, tester = (part.loader(stats, args.batch_size, device) for part in (images, test))
-    results = folder / "trained.json"
-    own.targets = own.targets or [flops.macs(arch) for arch in list(archs.values())[::2]]
-    for n, target in enumerate(own.targets):
-        for name, build in BUILDERS.items():
-            width, network, count = nearest(build, target, channels, pixels, images.classes, args.dropout)
-            name = f"{name} x{width:g}"
-            if args.resume and any(row["name"] == name for row in train.read_rows(results)):
-                continue
-            initialise(network, data.generator(args.seed, n, recipe.INITIAL))
-            checkpoint = folder / f"{name}.last.pt"
-            params = sum(p.numel() for p in network.parameters())
-            print(f"{name}: {count / 1e6:.3f} M MACs, {params / 1e6:.3f} M parameters", flush=True)
-            network = network.to(device, memory_format=torch.channels_last)
-            test_index = torch.arange(len(test.labels))
-            _, epochs = recipe.train(network, loader, index, tester, test_index, args, name, n, checkpoint)
-            row = {"name": name, "stage": n, "init": "scratch", "flops": count, "params": params,
-                   "accuracy": epochs[-1]["accuracy"], "seconds": sum(e["seconds"] for e in epochs),
-                   "seed": args.seed, "epochs": epochs}
-            train.enter(results, row)
-            checkpoint.unlink()
+            raise files.Refused(f"--{flag} is for train.py alone")
+    return own, args
+
+
+@flags.command
+def main(argv=None):
+    own, args = parse(argv)
+    archs, folder = train.networks(own.dir)
+    wanted = train.own_images(args, archs, folder)
+    args.data = wanted.data
+    images, test_images = (flags.load_images(wanted, part, folder) for part in ("train", "test"))
+    train.check(args, archs, folder, images)
+    device, index = processes.choose_device(args.device), torch.arange(len(images.labels))
+    test_index, results = torch.arange(len(test_images.labels)), folder / "trained.json"
+    targets = own.targets or [flops.macs(arch) for arch in list(archs.values())[::2]]
+    with contextlib.ExitStack() as stack, processes.catch_signals() as signals:
+        flags.lock(folder, stack)
+        for n, target in enumerate(targets):
+            for name, build in BUILDERS.items():
+                given = train.completed(args, next(iter(archs.values())), name, device)
+                width, network, count = nearest(build, target, images.channels, images.resolution,
+                                                images.classes, given.dropout)
+                given.name = name = f"{name} x{width:g}"
+                if args.resume and any(row["name"] == name for row in train.read_rows(results)):
+                    continue
+                initialise(network, data.generator(args.seed, n, train.INITIAL))
+                params = sum(p.numel() for p in network.parameters())
+                print(f"{name}: {count / 1e6:.3f} M MACs, {params / 1e6:.3f} M parameters", flush=True)
+                loader, test_loader = (part.loader(images.statistics(index), given.batch_size, device)
+                                       for part in (images, test_images))
+                settings = {key: getattr(given, key) for key in train.SETTINGS} | {"network": name}
+                run = Run(folder / f"{name}.last.pt", settings, device, signals, most_skipped=0)
+                if args.resume:
+                    run.resume()
+
+                def test(network, loader=test_loader):
+                    return evaluate(network, loader, test_index)
+                network = network.to(device, memory_format=torch.channels_last)
+                train.train(network, n, loader, index, test, given, run)
+                epochs = run.state["rows"]
+                row = {"name": name, "stage": n, "init": "scratch", "flops": count, "params": params,
+                       "accuracy": epochs[-1]["accuracy"], "seconds": run.seconds(), "seed": args.seed,
+                       "epochs": epochs}
+                train.enter(results, row)
+                run.checkpoint_path.unlink()
 
 
 if __name__ == "__main__":

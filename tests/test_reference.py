@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.models import mobilenet_v2, mobilenet_v3_small, shufflenet_v2_x1_0
 
 import data
-from derive import arch
+from derive import arch_of
 from flops import macs
 from space import SPACES
 from supernet import SuperNet
@@ -42,11 +42,12 @@ def test_at_width_1_only_the_stem_the_strides_and_the_head_are_not_torchvisions(
     assert inner(reference.BUILDERS[name](1.0, 1, 10, 0.0)) == inner(ORIGINALS[name]())
 
 
-def test_they_become_points_of_the_curve(tmp_path, capsys):
+def test_they_become_points_of_the_curve(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "load", lambda name, part: data.fake(60, (0,)))
     net = SuperNet(SPACES["small"][0], 1, 10, data.generator(0))
-    ours = arch(net, [(0, len(b.block.expansions) // 2, len(b.block.widths) // 2) for b in net.blocks])
+    ours = arch_of(net, [(0, len(b.expansions) // 2, len(b.widths) // 2) for b in net.space.blocks])
     (tmp_path / "A0.json").write_text(ours.to_json())
-    flags = [str(tmp_path), "--data", "fake", "--epochs", "1", "--batch-size", "400", "--device", "cpu"]
+    flags = [str(tmp_path), "--data", "fake", "--epochs", "1", "--batch-size", "30", "--device", "cpu"]
     reference.main(flags)
     rows = json.loads((tmp_path / "trained.json").read_text())
     assert [row["name"].split()[0] for row in rows] == sorted(reference.BUILDERS)

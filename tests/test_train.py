@@ -12,7 +12,6 @@ import copy
 import json
 import math
 import re
-import types
 
 import pytest
 import tiny
@@ -24,7 +23,7 @@ import derive
 import search
 import train
 from flops import bounds, macs, params
-from network import Network
+from network import Network, load
 from ops import initialise
 from space import SPACES, Arch
 from supernet import SuperNet
@@ -36,8 +35,8 @@ pytestmark = pytest.mark.usefixtures("tiny_world")
 
 
 def rate(step, steps, peak):
-    """Linear over the first 5 %, then a cosine to zero."""
-    at = (step + 1) / steps
+    """In the middle of a step: linear over the first 5 %, then a cosine to zero."""
+    at = (step + 0.5) / steps
     return peak * min(at / 0.05, (1 + math.cos(math.pi * at)) / 2)
 
 
@@ -59,9 +58,18 @@ def by_hand(network, loader, index, args):
                 speed[name] = g if step == 0 else 0.9 * speed[name] + g
                 p -= rate(step, steps, args.lr) * (g + 0.9 * speed[name])     # Nesterov's
             decay = min(args.ema, (1 + step) / (10 + step)) if step else 0.0  # begins with the first step's
-            for name, tensor in network.state_dict().items():
-                average[name] = decay * average[name] + (1 - decay) * tensor
-    return average
+            for name, p in network.named_parameters():
+                average[name] = decay * average[name] + (1 - decay) * p
+    network.load_state_dict(average)
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.momentum = None                                             # a plain mean over batches
+            layer.reset_running_stats()
+    batches = loader.shuffled(index, args.seed, TINY.stage, train.STATISTICS, args.epochs - 1)
+    with torch.no_grad():
+        for _ in range(train.RECALIBRATION):
+            network(next(batches)[0])
+    return network.state_dict()
 
 
 @pytest.mark.parametrize("more", [
@@ -86,7 +94,7 @@ def test_a_network_is_trained_by_the_recipe(more):
 
 def test_learning_rate_warms_up_and_ends_at_zero():
     rates = [train.learning_rate(0.2, step, 100) for step in range(100)]
-    assert rates[0] == pytest.approx(0.04) and rates[-1] == pytest.approx(0, abs=1e-9)
+    assert rates[0] == pytest.approx(0.02) and 0 < rates[-1] < 1e-4
     assert max(rates) <= 0.2 and rates[5:] == sorted(rates[5:], reverse=True)
 
 
@@ -108,6 +116,12 @@ def trained(out):
     return [{k: v for k, v in row.items() if k not in ("seconds", "epochs")} for row in rows]
 
 
+def equal(one, other):
+    """Whether two networks are, to the last bit."""
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(),
+                                                 strict=True))
+
+
 def test_a_run_is_trained_and_the_same_seed_repeats_it(searched, tmp_path):
     for name in ("a", "b"):
         train.main([str(searched), *FAST, "--epochs", "1", "--dropout", "0.2", "--ema", "0.9",
@@ -115,11 +129,9 @@ def test_a_run_is_trained_and_the_same_seed_repeats_it(searched, tmp_path):
     assert trained(tmp_path / "a") == trained(tmp_path / "b")
     assert [row["name"] for row in trained(tmp_path / "a")] == ["A0", "A1"]
     for stage in (0, 1):
-        one, other = (torch.load(tmp_path / name / f"A{stage}.trained.pt",
-                                 weights_only=True) for name in "ab")
-        assert all(torch.equal(one[key], other[key]) for key in one)
-        network = Network(Arch.from_json((searched / f"A{stage}.json").read_text()))
-        network.load_state_dict(one)
+        one, other = (load(tmp_path / name / f"A{stage}.net.pt") for name in "ab")
+        assert one.arch.to_json() == (searched / f"A{stage}.json").read_text()
+        assert equal(one, other)
 
 
 def test_pieces_of_a_batch_train_as_the_whole(searched, tmp_path, monkeypatch):
@@ -128,85 +140,42 @@ def test_pieces_of_a_batch_train_as_the_whole(searched, tmp_path, monkeypatch):
             "--batch-size", "240"]
     for pieces in ("1", "3"):
         train.main([*argv, "--accumulate", pieces, "--out", str(tmp_path / pieces)])
-    whole, other = (files.load_checkpoint(tmp_path / pieces / "A0.trained.pt") for pieces in ("1", "3"))
-    for name, tensor in whole.items():
-        torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-5)
+    whole, other = (load(tmp_path / pieces / "A0.net.pt") for pieces in ("1", "3"))
+    for name, tensor in whole.named_parameters():
+        torch.testing.assert_close(other.get_parameter(name), tensor, rtol=1e-3, atol=1e-5)
 
 
 def test_inherited_weights_are_the_supernets(searched):
     arch = Arch.from_json((searched / "A1.json").read_text())
-    args = train.parser().parse_args([str(searched), "--init", "inherit", "--dropout", "0"])
-    network, supernet = train.initial(arch, args, searched), derive.open_supernet(searched, 1)
-    wanted = derive.inherit(Network(arch), supernet).state_dict()
-    assert all(torch.equal(tensor, wanted[name]) for name, tensor in network.state_dict().items())
+    args = argparse.Namespace(run_folder=searched, init="inherit", dropout=0.0, seed=0)
+    wanted = derive.inherit(Network(arch), derive.open_supernet(searched, 1)).state_dict()
+    assert all(torch.equal(tensor, wanted[name])
+               for name, tensor in train.initial(arch, args).state_dict().items())
 
 
-def test_a_network_stands_in_the_results_from_scratch_and_from_inherited_weights(searched, tmp_path, capsys):
+def test_a_network_is_trained_from_scratch_and_from_inherited_weights(searched, tmp_path, capsys):
     arch, out = str(searched / "A0.json"), ["--out", str(tmp_path)]
     train.main([arch, *FAST, *out])
-    train.main([arch, *FAST, *out, "--init", "inherit", "--resume"])  # A0 from scratch is another
+    inherit = [arch, *FAST, *out, "--init", "inherit", "--resume"]            # A0 from scratch is another
+    train.main([*inherit, "--export", str(tmp_path / "net.pt2")])
     rows = json.loads((tmp_path / "trained.json").read_text())
     assert [(row["name"], row["init"]) for row in rows] == [("A0", "inherit"), ("A0", "scratch")]
-    assert capsys.readouterr().out.count(train.saving(rows, "A0")) == 1
-    one, other = (torch.load(tmp_path / f"{name}.trained.pt", weights_only=True)
-                  for name in ("A0", "A0.inherit"))
-    assert not torch.equal(one["classifier.weight"], other["classifier.weight"])
-    train.main([arch, *FAST, *out, "--resume"])                                        # both are trained
-    train.main([arch, *FAST, *out, "--resume", "--init", "inherit"])
-    said = [f"{label} is trained: {100 * row['accuracy']:.2f} % after {len(row['epochs'])} epochs"
-            for label, row in zip(("A0.inherit", "A0"), rows, strict=True)]
-    assert capsys.readouterr().out.splitlines() == said[::-1]
-    train.main([arch, *FAST, *out])                                                    # again, and only this
-    assert [row["epochs"] == old["epochs"] for row, old in
-            zip(json.loads((tmp_path / "trained.json").read_text()), rows, strict=True)] == [True, False]
-
-
-def test_what_inherited_weights_save_is_read_from_the_epochs():
-    def row(init, *accuracies):
-        epochs = [{"epoch": n, "accuracy": a} for n, a in enumerate(accuracies)]
-        return {"name": "A3", "init": init, "epochs": epochs}
-    scratch, other = row("scratch", 0.7, 0.9, 0.8), {"name": "A2", "init": "inherit", "epochs": []}
-    says = "A3 with the supernet's weights reaches 80.00 %, that of 3 epochs from scratch, "
-    assert train.saving([scratch, row("inherit", 0.7, 0.8, 0.85)], "A3") == says + "after 2 of 3 epochs"
-    assert train.saving([row("inherit", 0.81), scratch, other], "A3") == says + "after 1 of 1 epochs"
-    assert train.saving([scratch, row("inherit", 0.7, 0.79)], "A3") == says + "not within 2 epochs"
-    assert train.saving([scratch, other], "A3") is None and train.saving([other], "A2") is None
-
-
-def test_an_onnx_file_computes_the_same(searched, tmp_path):
-    pytest.importorskip("onnxscript")
-    onnxruntime = pytest.importorskip("onnxruntime")
-    file = tmp_path / "net.onnx"
-    train.main([str(searched / "A1.json"), *FAST, "--out", str(tmp_path), "--export", str(file)])
-    network = Network(Arch.from_json((searched / "A1.json").read_text())).eval()
-    network.load_state_dict(torch.load(tmp_path / "A1.trained.pt", weights_only=True))
-    session = onnxruntime.InferenceSession(file)
-    for n in (1, 3):                                                                   # any number of images
-        x = torch.rand(n, 1, 16, 16, generator=data.generator(n))
-        found, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        with torch.no_grad():
-            torch.testing.assert_close(torch.from_numpy(found), network(x), rtol=1e-4, atol=1e-5)
-
-
-def test_an_exported_program_computes_the_same_without_this_code(searched, tmp_path):
-    train.main([str(searched / "A0.json"), *FAST, "--out", str(tmp_path), "--export",
-                str(tmp_path / "net.pt2")])
-    network = Network(Arch.from_json((searched / "A0.json").read_text())).eval()
-    network.load_state_dict(torch.load(tmp_path / "A0.trained.pt", weights_only=True))
-    x = torch.rand(3, 1, 16, 16, generator=data.generator(0))
+    scratch, other = (load(tmp_path / f"{name}.net.pt") for name in ("A0", "A0.inherit"))
+    x = torch.randint(256, (3, 1, 16, 16), generator=seeded(), dtype=torch.uint8)
     with torch.no_grad():
-        found = torch.export.load(tmp_path / "net.pt2").module()(x)
-        torch.testing.assert_close(found, network(x), rtol=1e-5, atol=1e-5)
-
-
-def test_a_program_that_computes_something_else_leaves_no_file(searched, tmp_path, monkeypatch):
-    network = Network(Arch.from_json((searched / "A0.json").read_text()))
-    other = Network(network.arch).eval()
-    program = types.SimpleNamespace(module=lambda: other)
-    monkeypatch.setattr(torch.export, "load", lambda file: program)
-    with pytest.raises(files.Refused, match=f"the logits of {tmp_path}/net.pt2 differ by"):
-        train.export(network, tmp_path / "net.pt2")
-    assert not any(tmp_path.iterdir())
+        exported = torch.export.load(tmp_path / "net.pt2").module()(x)
+        torch.testing.assert_close(exported, other(x), rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(scratch(x), other(x))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    capsys.readouterr()
+    train.main([arch, *FAST, *out, "--resume"])                                        # both are trained
+    train.main(inherit)
+    assert capsys.readouterr().out.splitlines() == [
+        f"{name} is trained: {tmp_path}/{name}.net.pt" for name in ("A0", "A0.inherit")]
+    refused(train.main, [arch, *FAST, *out], f"{tmp_path}/A0.net.pt is there already", capsys)
+    refused(train.main, [arch, *FAST, *out, "--resume", "--lr", "0.01"],
+            "A0.net.pt was trained with lr 0.2, not 0.01", capsys)
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
 def test_validation_writes_nothing_and_asks_for_no_test_image(searched, monkeypatch, capsys):
@@ -223,11 +192,9 @@ def test_validation_is_on_the_architecture_part_of_the_search(searched, tmp_path
     (tmp_path / "args.json").write_text(json.dumps(settings | {"seed": 7}))
     (tmp_path / "A0.json").write_text((searched / "A0.json").read_text())
     seen, part = [], data.split(data.load("fake", "train").labels, 7)
-    monkeypatch.setattr(train, "train", lambda *given: seen.append(given))
+    monkeypatch.setattr(train, "train_one", lambda *given: (seen.append(given), (None, None))[1])
     train.main([str(tmp_path / "A0.json"), "--validate", "--device", "cpu"])
-    _, _, _, index, test, *_ = seen[0]
-    monkeypatch.setattr(train, "evaluate", lambda network, loader, index: index)
-    assert torch.equal(index, part[0]) and torch.equal(test(None), part[1])
+    assert all(torch.equal(one, two) for one, two in zip(seen[0][3], part, strict=True))
     monkeypatch.undo()
     monkeypatch.setattr(train.processes, "pending_signal", lambda caught: 15)
     with pytest.raises(SystemExit):
@@ -353,12 +320,11 @@ def whole(searched, tmp_path_factory):
 
 def same_training(one, other):
     """Whether two folders have the same weights and the same rows, but for times."""
-    weights = [files.load_checkpoint(out / "A0.trained.pt") for out in (one, other)]
     rows = [json.loads((out / "trained.json").read_text())[0]["epochs"] for out in (one, other)]
     for row in (*rows[0], *rows[1]):
         row.pop("seconds")
     return (trained(one) == trained(other) and rows[0] == rows[1]
-            and all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0]))
+            and equal(load(one / "A0.net.pt"), load(other / "A0.net.pt")))
 
 
 class Killed(BaseException):
@@ -366,11 +332,11 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("place, n, step", [("evaluate", 1, 4), ("evaluate", 2, 12), ("cross_entropy", 11, 8),
-                                            ("save_checkpoint", 7, 14)])
+                                            ("save", 1, 14), ("enter", 1, 14)])
 def test_a_killed_training_goes_on(searched, whole, tmp_path, monkeypatch, place, n, step):
-    """In its n-th evaluation, step or writing; at the last, the network is trained but not written."""
+    """In its n-th evaluation or step, or at its end, when the network is trained, but not all is written."""
     argv = [str(searched / "A0.json"), *FAST, *MORE, "--out", str(tmp_path)]
-    where = {"evaluate": train, "cross_entropy": train.F, "save_checkpoint": train.processes}[place]
+    where = train.F if place == "cross_entropy" else train
     usual, calls = getattr(where, place), []
 
     def killed(*given, **more):
@@ -383,7 +349,8 @@ def test_a_killed_training_goes_on(searched, whole, tmp_path, monkeypatch, place
         train.main(argv)
     assert files.load_checkpoint(tmp_path / "A0.last.pt")["step"] == step
     train.main([*argv, "--resume"])
-    assert same_training(whole, tmp_path) and not (tmp_path / "A0.last.pt").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"A0.net.pt", "trained.json"}
+    assert same_training(whole, tmp_path)
 
 
 def test_a_stopped_training_goes_on_within_its_epoch(searched, whole, tmp_path, monkeypatch, capsys):
