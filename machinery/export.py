@@ -77,8 +77,6 @@ def onnx(trained, image):
         raise Refused("an .onnx needs pip install onnx onnxscript; or export to .pt2")
     found = torch.onnx.export(program(trained, image), (image,), dynamo=True, verbose=False,
                               input_names=["image"], output_names=["logits"], dynamic_shapes=BATCH)
-    for node in found.model.graph:
-        node.metadata_props.clear()
     found.model.metadata_props.update(facts(trained))
     raw = found.model_proto.SerializeToString()
     if not importlib.util.find_spec("onnxruntime"):
