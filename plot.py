@@ -25,18 +25,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
-from machinery import files
-from machinery.results import (
-    FILES,
-    Missing,
-    curves,
-    entropies,
-    history,
-    mean_std,
-    measured,
-    networks,
-    places,
-)
+from machinery import files, results
+from machinery.results import Missing
 from space import CANDIDATES, SPACES
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")      # Okabe and Ito's
@@ -60,15 +50,16 @@ def curve(runs, path):
     Open marks: with the supernet's weights, on the sixth of the training images that the weights did not see
     (summary.json). Filled: trained, on the test images (trained.json). Returns the figure.
     """
-    lines, others = curves(runs)
-    files = [f for f in FILES if any(line.file == f for line in lines) or (f == "trained.json" and others)]
-    if not files:
+    lines, others = results.curves(runs)
+    kinds = {line.file for line in lines} | ({"trained.json"} if others else set())
+    kinds = [file for file in results.FILES if file in kinds]
+    if not kinds:
         raise Missing(f"{' '.join(map(str, runs))}: no accuracy in summary.json or trained.json")
     handles, styles = [], {}
     for n, label in enumerate(dict.fromkeys(line.label for line in lines)):
         sizes = [len(points) for line in lines if line.label == label for points in line.points.values()]
         styles[label] = {"color": COLOURS[n % len(COLOURS)], "marker": MARKS[n % len(MARKS)]}
-        handles.append(Line2D([], [], **styles[label], **DRAWN[files[0]][1] | {"ls": ""},
+        handles.append(Line2D([], [], **styles[label], **DRAWN[kinds[0]][1] | {"ls": ""},
                               label=counted(label, sizes)))
     families = dict(zip(dict.fromkeys(name.partition(" x")[0] for name in others), itertools.cycle(STARS)))
     for family, mark in families.items():
@@ -78,18 +69,18 @@ def curve(runs, path):
         handles.append(Line2D([], [], color="0.3", marker="|", ms=8, lw=0.8,
                               label="standard deviation over n seeds"))
     with styled():
-        figure = blank(7.2, 2.7 * len(files) + 0.4 + 0.17 * math.ceil(len(handles) / 2))
-        panels, notes = figure.subplots(len(files), 2, sharex="col", sharey="row", squeeze=False), {}
-        for (row, file), column in itertools.product(enumerate(files), (0, 1)):
+        figure = blank(7.2, 2.7 * len(kinds) + 0.4 + 0.17 * math.ceil(len(handles) / 2))
+        panels, notes = figure.subplots(len(kinds), 2, sharex="col", sharey="row", squeeze=False), {}
+        for (row, file), column in itertools.product(enumerate(kinds), (0, 1)):
             axis, bars = panels[row, column], {"elinewidth": 0.8, "capsize": 2}
             texts = notes[axis] = []
             for name, points in others.items() if file == "trained.json" else ():
-                (mean, std), (family, _, width) = mean_std(points), name.partition(" x")
+                (mean, std), (family, _, width) = results.mean_std(points), name.partition(" x")
                 axis.errorbar(mean[column], mean[2], std[2], std[column], label=name, color="black",
                               marker=families[family], ms=7, **bars)
                 texts.append((*mean[[column, 2]], f"x{width}" if width else "", True))
             for n, line in enumerate(line for line in lines if line.file == file):
-                mean, std = (np.array(values) for values in zip(*map(mean_std, line.points.values())))
+                mean, std = (np.array(values) for values in zip(*map(results.mean_std, line.points.values())))
                 axis.errorbar(mean[:, column], mean[:, 2], std[:, 2], std[:, column], label=line.label,
                               **bars, **styles[line.label], **DRAWN[file][1])
                 # Many labels would only be in the way: the points of the other lines are A0, A1, .. as well.
@@ -100,7 +91,8 @@ def curve(runs, path):
                     texts.append((*at[[column, 2]], text, False))
             axis.grid(alpha=0.3, lw=0.5)
             axis.margins(0.12)
-            if wide(line.get_xdata() for line in axis.lines):
+            x = np.concatenate([line.get_xdata() for line in axis.lines]).astype(float)
+            if np.nanmax(x) > 5 * np.nanmin(x):
                 axis.set_xscale("log")                        # else one network leaves most of it empty
                 axis.xaxis.set_major_formatter("{x:g}")
                 axis.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
@@ -119,12 +111,6 @@ def curve(runs, path):
 def counted(label, sizes):
     """A label, and of how many seeds its points are the means."""
     return f"{label}, n = " + "..".join(map(str, sorted({min(sizes), max(sizes)})))
-
-
-def wide(values):
-    """Whether the largest of some arrays of numbers is more than five times the least."""
-    every = np.concatenate([np.asarray(v, float) for v in values])
-    return np.nanmax(every) > 5 * np.nanmin(every)
 
 
 def place(axis, texts):
@@ -171,7 +157,7 @@ def move(note, far, side):
 
 
 def positions(arch):
-    """Where each block of an `Arch` stands: (its row in the paper's tables, its place in that row)."""
+    """Where each block of an `Arch` or a `Space` stands: (its row in the tables, its place in that row)."""
     row, place, found = -1, 0, []
     for block in arch.blocks:
         row, place = (row, place + 1) if block.residual else (row + 1, 0)
@@ -194,7 +180,8 @@ def architectures(run, path):
     output is wide. Blocks of one row of the paper's tables stand together; stem and head are grey, and cut
     where they are wider than every block. Returns the figure.
     """
-    archs, macs = networks(run), {name: flops for name, _, flops, *_ in measured(Path(run) / "summary.json")}
+    archs, rows = results.networks(run), results.measured(Path(run) / "summary.json")
+    macs = {name: flops for name, _, flops, *_ in rows}
     pixels = {}                                             # a side of the output, a column of boxes
     for arch in archs.values():
         side = pixels[STEM] = (arch.resolution + 1) // 2
@@ -253,10 +240,16 @@ def alphas(run, path):
     Below: the mean entropy of each choice, over that of the uniform distribution; of the blocks that A0 has,
     and of those that came later, dotted. Refused if the log has no probabilities.
     """
-    stages = history(run)
-    stands = {stage: places(run, stage, len(steps[-1][1])) for stage, steps in stages.items()}
+    stages, archs = results.history(run), results.networks(run)
+    stands = {}
+    for stage, steps in stages.items():
+        with results.reading(run):                          # a stage that has not ended has no network
+            arch = archs.get(f"A{stage}") or SPACES[next(iter(archs.values())).space][stage]
+            stands[stage] = positions(arch)
+        if len(arch.blocks) != len(steps[-1][1]):
+            raise files.Refused(f"{run}: log.jsonl has {len(steps[-1][1])} blocks of A{stage}, but the "
+                                f"network {len(arch.blocks)}")
     rows, oldest, before, done = sorted(set().union(*stands.values())), stands[min(stands)], [], 0
-    derived = networks(run) if any(Path(run).glob("A[0-4].json")) else {}
     ring = {"marker": "o", "mfc": "none", "mec": "#D55E00", "ms": 5, "ls": "", "mew": 1.2}
     with styled():
         figure = blank(max(4.5, 0.8 + 1.28 * len(stages)), 2.8 + 0.15 * len(rows))
@@ -267,8 +260,7 @@ def alphas(run, path):
             values = np.full((len(rows), len(CANDIDATES)), np.nan)
             values[at] = [b["op"] for b in steps[-1][1]]
             image = axis.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-            blocks = derived[f"A{stage}"].blocks if f"A{stage}" in derived else ()
-            for row, block in zip(at, blocks):
+            for row, block in zip(at, archs[f"A{stage}"].blocks if f"A{stage}" in archs else ()):
                 axis.plot(list(CANDIDATES).index(block.op), row, **ring)
             names = [f"{row + 2}.{place + 1}" for row, place in rows]
             if n:
@@ -285,7 +277,7 @@ def alphas(run, path):
             begin, done = done, done + steps[-1][0]
             old = [i for i, stand in enumerate(stands[stage]) if stand in oldest]
             for which, dash in ((old, "-"), (sorted(set(range(len(at))) - set(old)), ":")):
-                for i, (name, mean) in enumerate(entropies(steps, which).items()):
+                for i, (name, mean) in enumerate(results.entropies(steps, which).items()):
                     below.plot([begin + step for step, _ in steps], mean, dash, color=COLOURS[i],
                                marker=MARKS[i], ms=3, clip_on=False, label="_" * (n or dash == ":") + name)
             below.axvline(done, color="0.6", lw=0.6)
@@ -337,7 +329,7 @@ def main(argv=None):
         if not (run / "summary.json").is_file():
             p.error(f"{run} has no summary.json: it is not the folder of a finished run")
     out, run = args.out or args.runs[0], args.runs[0]
-    for read, what in ((curves, args.runs), (networks, run), (history, run)):
+    for read, what in ((results.curves, args.runs), (results.networks, run), (results.history, run)):
         try:
             read(what)  # a broken file ends it before a picture is drawn
         except Missing:
@@ -354,6 +346,8 @@ def main(argv=None):
             print(f"plot.py: no {path.name}: {error}", file=sys.stderr)
         except OSError as error:
             p.error(f"{path}: {error.strerror}")
+        except ValueError as error:
+            p.error(error)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from machinery import files
-from space import CANDIDATES, SPACES, Arch
+from space import CANDIDATES, Arch
 
 FILES = ("trained.json", "summary.json")                        # what accuracies stand in
 NAMED, NO_SETTING = ("method", "data", "space"), ("seed", "device", "checkpoint_every", "workers")
@@ -168,16 +168,6 @@ def history(run):
     if not stages:
         raise Missing(f'no "alphas" in {file}: the run is older than they are, or was not searched')
     return {stage: sorted(steps.items()) for stage, steps in sorted(stages.items())}
-
-
-def places(run, stage, n):
-    """Where each of the n blocks of a run's stage stands: (its row in the paper's tables, its place in that
-    row). All in one row, if the run's args.json names no space of so many.
-    """
-    file = Path(run) / "args.json"
-    name = files.read_json(file).get("space") if file.exists() else None
-    blocks = SPACES[name][stage].blocks if name in list(SPACES) else ()
-    return [(b.row, b.place) for b in blocks] if len(blocks) == n else [(0, k) for k in range(n)]
 
 
 def entropies(steps, which):

@@ -326,6 +326,9 @@ def test_entropy():
 
 def test_alphas_are_the_log(unsaved, tmp_path):
     run, sure = make(tmp_path / "run"), [1.0] + 7 * [0.0]
+    for n in range(2):
+        facts = FACTS | {"stage": n, "blocks": NETWORKS[0][:2]}
+        (run / f"A{n}.json").write_text(json.dumps(facts))
     start = [{"op": uniform(8), "width": uniform(2)},
              {"op": uniform(8), "expansion": uniform(4), "width": uniform(3)}]
     end = [{"op": sure, "width": [1.0, 0.0]},
@@ -371,7 +374,7 @@ def test_alphas_of_a_block_stay_in_its_row_and_new_blocks_and_derived_choices_ar
 
 def test_everything_can_be_read_in_print(tmp_path):
     run = make(tmp_path / "run")
-    log(run, {"stage": 0, "step": 5, "alphas": [[5, [{"op": uniform(8)}]]]})
+    log(run, {"stage": 0, "step": 5, "alphas": [[5, [{"op": uniform(8)}] * 3]]})
     for draw, what in ((plot.curve, [run]), (plot.architectures, run), (plot.alphas, run)):
         figure = draw(what, tmp_path / "picture.png")
         assert figure.get_figwidth() <= 7.2
@@ -381,7 +384,7 @@ def test_everything_can_be_read_in_print(tmp_path):
 
 def test_command_line(tmp_path, capsys):
     runs = [make(tmp_path / "a"), make(tmp_path / "b", 1)]
-    log(runs[0], {"stage": 0, "step": 5, "alphas": [[5, [{"op": uniform(8)}]]]})
+    log(runs[0], {"stage": 0, "step": 5, "alphas": [[5, [{"op": uniform(8)}] * 3]]})
     plot.main([str(run) for run in runs])
     names = ("curve", "architectures", "alphas")
     assert capsys.readouterr() == ("".join(f"{name}: {runs[0] / name}.png\n" for name in names), "")
@@ -391,6 +394,20 @@ def test_command_line(tmp_path, capsys):
     assert left == ["architectures.png", "curve.png"]
     assert len(out.splitlines()) == 2
     assert err.startswith('plot.py: no alphas.png: no "alphas" in ') and err.count("\n") == 1
+
+
+def test_a_log_of_other_networks_is_refused(tmp_path):
+    log(make(tmp_path / "run"), {"stage": 0, "step": 5, "alphas": [[5, [{"op": uniform(8)}]]]})
+    with pytest.raises(ValueError, match="log.jsonl has 1 blocks of A0, but the network 3"):
+        plot.alphas(tmp_path / "run", tmp_path / "alphas.png")
+
+
+def test_a_stage_that_has_not_ended_is_drawn_without_choices(unsaved, tmp_path):
+    run, blocks = make(tmp_path / "run"), [{"op": uniform(8)}] * len(SPACES["small"][1].blocks)
+    log(run, {"stage": 1, "step": 5, "alphas": [[5, blocks]]})
+    (run / "A1.json").unlink()
+    _, axis, _ = plot.alphas(run, tmp_path / "alphas.png").axes
+    assert axis.get_images()[0].get_array().shape == (6, 8) and not axis.lines
 
 
 def test_a_log_without_alphas_is_refused(tmp_path):
