@@ -10,8 +10,8 @@ alphas.png         what the first run's supernets chose, and when: probabilities
 Made for print: 8 points at a width of 7.2 inches (more for more than 18 blocks), colours that everybody can
 tell apart, and beside each colour a mark, a hatch or a dash.
 """
-from machinery import files, flags
-from machinery.results import FILES, Missing, curves, entropies, history, mean_std, measured, networks
+from machinery import files, flags, results
+from machinery.results import Missing
 
 import io
 import itertools
@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
-from space import CANDIDATES
+from space import CANDIDATES, SPACES
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")      # Okabe and Ito's
 MARKS = "osD^vPX"                                               # one more than colours: 42 different pairs
@@ -36,7 +36,8 @@ STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fonts
          "hatch.linewidth": 0.7, "patch.linewidth": 0.7, "axes.spines.top": False,
          "axes.spines.right": False, "legend.frameon": False, "text.parse_math": False}
 DRAWN = {"trained.json": ("trained, test images", {}),
-         "summary.json": ("supernet's weights, architecture part", {"mfc": "white", "ls": "--"})}
+         "summary.json": ("supernet's weights, validation images", {"mfc": "white", "ls": "--"})}
+STEM, HEAD = (-1, 0), (99, 0)                                   # columns of architectures.png
 # Warm is ReLU and cool is hswish, dark has squeeze-excite; in grey these are four steps. Hatched is 5x5.
 FILLS = {"": ("#F0E442", "ReLU"), "_hs": ("#56B4E9", "hswish"), "_se": ("#D55E00", "SE, ReLU"),
          "_se_hs": ("#0072B2", "SE, hswish")}
@@ -45,45 +46,56 @@ FILLS = {"": ("#F0E442", "ReLU"), "_hs": ("#56B4E9", "hswish"), "_se": ("#D55E00
 def curve(runs, path):
     """Accuracy against MACs (Fig. 3) and parameters (Fig. 4) of the networks of `runs`, folders, into `path`.
 
-    Open marks: with the supernet's weights, on the architecture split (summary.json). Filled: trained, on
-    the test images (trained.json, which train.py leaves). Returns the figure.
+    Open marks: with the supernet's weights, on the sixth of the training images that the weights did not see
+    (summary.json). Filled: trained, on the test images (trained.json). Returns the figure.
     """
-    lines, others = curves(runs)
-    files = [f for f in FILES if any(line.file == f for line in lines) or (f == "trained.json" and others)]
-    if not files:
+    lines, others = results.curves(runs)
+    kinds = {line.file for line in lines} | ({"trained.json"} if others else set())
+    kinds = [file for file in results.FILES if file in kinds]
+    if not kinds:
         raise Missing(f"{' '.join(map(str, runs))}: no accuracy in summary.json or trained.json")
     handles, styles = [], {}
     for n, label in enumerate(dict.fromkeys(line.label for line in lines)):
-        sizes = {len(points) for line in lines if line.label == label for points in line.points.values()}
+        sizes = [len(points) for line in lines if line.label == label for points in line.points.values()]
         styles[label] = {"color": COLOURS[n % len(COLOURS)], "marker": MARKS[n % len(MARKS)]}
-        handles.append(Line2D([], [], **styles[label], **DRAWN[files[0]][1] | {"ls": ""},
-                              label=f"{label}, n = " + "..".join(map(str, sorted({min(sizes), max(sizes)})))))
+        handles.append(Line2D([], [], **styles[label], **DRAWN[kinds[0]][1] | {"ls": ""},
+                              label=counted(label, sizes)))
     families = dict(zip(dict.fromkeys(name.partition(" x")[0] for name in others), itertools.cycle(STARS)))
-    handles += [Line2D([], [], color="black", marker=mark, ms=7, ls="", label=family)
-                for family, mark in families.items()]
+    for family, mark in families.items():
+        sizes = [len(points) for name, points in others.items() if name.partition(" x")[0] == family]
+        handles.append(Line2D([], [], color="black", marker=mark, ms=7, ls="", label=counted(family, sizes)))
     if any(len(p) > 1 for group in (others, *(line.points for line in lines)) for p in group.values()):
         handles.append(Line2D([], [], color="0.3", marker="|", ms=8, lw=0.8,
                               label="standard deviation over n seeds"))
     with styled():
-        figure = blank(7.2, 2.7 * len(files) + 0.4 + 0.17 * math.ceil(len(handles) / 2))
-        panels, notes = figure.subplots(len(files), 2, sharex="col", sharey="row", squeeze=False), {}
-        for (row, file), column in itertools.product(enumerate(files), (0, 1)):
+        figure = blank(7.2, 2.7 * len(kinds) + 0.4 + 0.17 * math.ceil(len(handles) / 2))
+        panels, notes = figure.subplots(len(kinds), 2, sharex="col", sharey="row", squeeze=False), {}
+        for (row, file), column in itertools.product(enumerate(kinds), (0, 1)):
             axis, bars = panels[row, column], {"elinewidth": 0.8, "capsize": 2}
             texts = notes[axis] = []
             for name, points in others.items() if file == "trained.json" else ():
-                (mean, std), (family, _, width) = mean_std(points), name.partition(" x")
+                (mean, std), (family, _, width) = results.mean_std(points), name.partition(" x")
                 axis.errorbar(mean[column], mean[2], std[2], std[column], label=name, color="black",
                               marker=families[family], ms=7, **bars)
-                texts += [(*mean[[column, 2]], f"x{width}", True)] * bool(width)
+                texts.append((*mean[[column, 2]], f"x{width}" if width else "", True))
             for n, line in enumerate(line for line in lines if line.file == file):
-                mean, std = (np.array(values) for values in zip(*map(mean_std, line.points.values())))
+                mean, std = (np.array(values) for values in zip(*map(results.mean_std, line.points.values())))
                 axis.errorbar(mean[:, column], mean[:, 2], std[:, 2], std[:, column], label=line.label,
                               **bars, **styles[line.label], **DRAWN[file][1])
                 # Many labels would only be in the way: the points of the other lines are A0, A1, .. as well.
-                if n < 2 or list(line.points) != [f"A{n}" for n in range(len(line.points))]:
-                    texts += [(*at[[column, 2]], name, False) for at, name in zip(mean, line.points)]
+                shown = n < 2 or list(line.points) != [f"A{n}" for n in range(len(line.points))]
+                most = max(map(len, line.points.values()))
+                for at, (name, points) in zip(mean, line.points.items()):
+                    text = name + " (n = 1)" * (len(points) == 1 < most) if shown else ""
+                    texts.append((*at[[column, 2]], text, False))
             axis.grid(alpha=0.3, lw=0.5)
             axis.margins(0.12)
+            x = np.concatenate([line.get_xdata() for line in axis.lines]).astype(float)
+            if np.nanmax(x) > 5 * np.nanmin(x):
+                axis.set_xscale("log")                        # else one network leaves most of it empty
+                axis.xaxis.set_major_formatter("{x:g}")
+                axis.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
+                axis.tick_params("x", which="minor", pad=5)   # as low as the others
             axis.set(xlabel=("MACs of one image (millions)", "parameters (millions)")[column],
                      ylabel=f"top-1 accuracy (%)\n{DRAWN[file][0]}")
             axis.label_outer()
@@ -95,9 +107,15 @@ def curve(runs, path):
     return save(figure, path)
 
 
+def counted(label, sizes):
+    """A label, and of how many seeds its points are the means."""
+    return f"{label}, n = " + "..".join(map(str, sorted({min(sizes), max(sizes)})))
+
+
 def place(axis, texts):
     """Annotate points (x, y, text, needed) where no line, mark, error bar, frame or other text is, and none
     of the other points is as near. A text without such a place goes to the best if needed, else is left out.
+    A point may have no text.
     """
     unit, mark = axis.figure.dpi / 72, np.array(list(itertools.product((-3, 0, 3), repeat=2)))    # in points
     paths = [(line.get_xydata(), line.get_linestyle() != "None") for line in axis.lines]
@@ -112,6 +130,8 @@ def place(axis, texts):
     sides = ((1, -1), (-1, 1), (1, 0), (0, -1), (0, 1), (-1, 0), (1, 1), (-1, -1))      # the best one first
     points = axis.transData.transform(np.reshape([text[:2] for text in texts], (-1, 2)))
     for n, (x, y, text, needed) in enumerate(texts):
+        if not text:
+            continue
         note, tried = axis.annotate(text, (x, y), (0, 0), textcoords="offset points"), {}
         for where in itertools.product((4, 7, 12) if needed else (4, 7), sides):
             box = move(note, *where)
@@ -136,7 +156,7 @@ def move(note, far, side):
 
 
 def positions(arch):
-    """Where each block of an `Arch` stands: (its row in the paper's tables, its place in that row)."""
+    """Where each block of an `Arch` or a `Space` stands: (its row in the tables, its place in that row)."""
     row, place, found = -1, 0, []
     for block in arch.blocks:
         row, place = (row, place + 1) if block.residual else (row + 1, 0)
@@ -144,19 +164,32 @@ def positions(arch):
     return found
 
 
+def expansion(arch, column, inputs, hidden):
+    """The expansion of a block as its table has it, if one there gives this hidden width; else the ratio."""
+    space = SPACES[arch.space][arch.stage].blocks if arch.space in SPACES and arch.stage < 5 else ()
+    for block in space:
+        for n, option in enumerate(block.expansions):
+            if (block.row, block.place) == column and block.hidden(inputs, n) == hidden:
+                return f"{option:g}"
+    return f"{hidden / inputs:.2g}"
+
+
 def architectures(run, path):
     """The networks A0..A4 of `run`, a folder, into `path`: a row a network, a box a block, as high as its
-    output is wide. Blocks of one row of the paper's tables stand together. Returns the figure.
+    output is wide. Blocks of one row of the paper's tables stand together; stem and head are grey, and cut
+    where they are wider than every block. Returns the figure.
     """
-    archs, macs = networks(run), {name: flops for name, _, flops, *_ in measured(Path(run) / "summary.json")}
+    archs, rows = results.networks(run), results.measured(Path(run) / "summary.json")
+    macs = {name: flops for name, _, flops, *_ in rows}
     pixels = {}                                             # a side of the output, a column of boxes
     for arch in archs.values():
-        side = (arch.resolution + 1) // 2
+        side = pixels[STEM] = (arch.resolution + 1) // 2
         for column, block in zip(positions(arch), arch.blocks):
-            pixels[column] = side = (side + 1) // 2 if block.stride == 2 else side
+            pixels[column] = pixels[HEAD] = side = (side + 1) // 2 if block.stride == 2 else side
     columns, widest = sorted(pixels), max(b.out for arch in archs.values() for b in arch.blocks)
-    step, tall = min(0.6, max(0.29, 5.5 / len(columns))), 0.6
-    left = {column: 0.95 + n * step + 0.12 * column[0] for n, column in enumerate(columns)}   # all in inches
+    rows = sorted({row for row, _ in columns})
+    step, tall = min(0.6, max(0.29, 5.3 / len(columns))), 0.6                                 # all in inches
+    left = {column: 0.95 + n * step + 0.12 * rows.index(column[0]) for n, column in enumerate(columns)}
     right, height = left[columns[-1]] + step, 1.2 * len(archs) + 0.85
     with styled():
         figure = blank(max(7.2, right + 0.05), height, None)
@@ -176,19 +209,25 @@ def architectures(run, path):
                 axis.text(0.1, base + 0.05, f"{macs[name]:.{2 if macs[name] < 100 else 0}f} M MACs")
             for down, word in ((0.15, "kernel"), (0.28, "width"), (0.41, "expansion")):
                 axis.text(0.87, base - down, word, ha="right", color="0.35")
+            boxes = [(STEM, arch.stem, "3×3", "", 2, {"facecolor": "0.85"}),
+                     (HEAD, arch.head, "1×1", "", 1, {"facecolor": "0.85"})]
             for column, inputs, b in zip(positions(arch), arch.inputs(), arch.blocks):
-                start, high, kernel = left[column] + 0.08 * step, tall * b.out / widest, CANDIDATES[b.op][0]
-                axis.add_patch(Rectangle((start, base), 0.84 * step, high, facecolor=FILLS[b.op[5:]][0],
-                                         edgecolor="black", hatch="////" if kernel == 5 else None))
-                words = f"{kernel}×{kernel}", b.out, f"{b.hidden / inputs:.1f}"
-                for down, word in zip((0.15, 0.28, 0.41), words):
+                kernel = CANDIDATES[b.op][0]
+                fill = {"facecolor": FILLS[b.op[5:]][0], "hatch": "////" if kernel == 5 else None}
+                factor = expansion(arch, column, inputs, b.hidden)
+                boxes.append((column, b.out, f"{kernel}×{kernel}", factor, b.stride, fill))
+            for column, out, kernel, factor, stride, fill in boxes:
+                start, high = left[column] + 0.08 * step, tall * min(1, out / widest)
+                axis.add_patch(Rectangle((start, base), 0.84 * step, high, edgecolor="black", **fill))
+                for down, word in zip((0.15, 0.28, 0.41), (kernel, out, factor)):
                     axis.text(start + 0.42 * step, base - down, word, ha="center")
-                if b.stride == 2:
+                if stride == 2:
                     axis.plot(start + 0.42 * step, base + high + 0.07, "v", color="black")
         handles = [Patch(facecolor=colour, edgecolor="black", hatch=hatch, label=f"{kernel}, {words}")
                    for colour, words in FILLS.values()
                    for kernel, hatch in (("3×3", None), ("5×5", "////"))]
-        handles.append(Line2D([], [], color="black", marker="v", ls="", label="stride 2"))
+        handles += [Line2D([], [], color="black", marker="v", ls="", label="stride 2"),
+                    Patch(facecolor="0.85", edgecolor="black", label="stem, head")]
         figure.legend(handles=handles, loc="lower center", ncols=5)
     return save(figure, path)
 
@@ -196,36 +235,60 @@ def architectures(run, path):
 def alphas(run, path):
     """What the supernets of `run`, a folder, chose, and when; drawn into `path`. Returns the figure.
 
-    Above: the probabilities of the operations at the end of each stage. Below: the mean entropy of each
-    choice, over that of the uniform distribution. ValueError if the log has no probabilities.
+    Above: the probabilities of the operations at the end of each stage, blocks in rows as in the tables.
+    Below: the mean entropy of each choice, over that of the uniform distribution; of the blocks that A0 has,
+    and of those that came later, dotted. Refused if the log has no probabilities.
     """
-    stages = history(run)
-    words = [op[3:].replace("_", " ") for op in CANDIDATES]
-    most, done = max(len(steps[-1][1]) for steps in stages.values()), 0
+    stages, archs = results.history(run), results.networks(run)
+    stands = {}
+    for stage, steps in stages.items():
+        with results.reading(run):                          # a stage that has not ended has no network
+            arch = archs.get(f"A{stage}") or SPACES[next(iter(archs.values())).space][stage]
+            stands[stage] = positions(arch)
+        if len(arch.blocks) != len(steps[-1][1]):
+            raise files.Refused(f"{run}: log.jsonl has {len(steps[-1][1])} blocks of A{stage}, but the "
+                                f"network {len(arch.blocks)}")
+    rows, oldest, before, done = sorted(set().union(*stands.values())), stands[min(stands)], [], 0
+    ring = {"marker": "o", "mfc": "none", "mec": "#D55E00", "ms": 5, "ls": "", "mew": 1.2}
     with styled():
-        figure = blank(max(4.5, 0.8 + 1.28 * len(stages)), 2.8 + 0.15 * most)
-        grid = figure.add_gridspec(2, len(stages), height_ratios=(0.6 + 0.15 * most, 1.6))
+        figure = blank(max(4.5, 0.8 + 1.28 * len(stages)), 2.8 + 0.15 * len(rows))
+        grid = figure.add_gridspec(2, len(stages), height_ratios=(0.6 + 0.15 * len(rows), 1.6))
         below = figure.add_subplot(grid[1, :])
         for n, (stage, steps) in enumerate(stages.items()):
-            blocks, axis = steps[-1][1], figure.add_subplot(grid[0, n])
-            image = axis.imshow([b["op"] for b in blocks], cmap="Blues", vmin=0, vmax=1, aspect="auto")
-            axis.add_patch(Rectangle((-0.5, -0.5), 8, len(blocks), fill=False, ec="0.5", clip_on=False))
-            axis.set(title=f"A{stage}", ylim=(most - 0.5, -0.5), yticks=range(len(blocks)))
-            axis.set_ylabel("" if n else "block", loc="top")
+            at, axis = [rows.index(stand) for stand in stands[stage]], figure.add_subplot(grid[0, n])
+            values = np.full((len(rows), len(CANDIDATES)), np.nan)
+            values[at] = [b["op"] for b in steps[-1][1]]
+            image = axis.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+            for row, block in zip(at, archs[f"A{stage}"].blocks if f"A{stage}" in archs else ()):
+                axis.plot(list(CANDIDATES).index(block.op), row, **ring)
+            names = [f"{row + 2}.{place + 1}" for row, place in rows]
+            if n:
+                names = ["+" if stand in stands[stage] and stand not in before else "" for stand in rows]
+            before = stands[stage]
+            axis.set(title=f"A{stage}", facecolor="0.88")
+            axis.set_yticks(range(len(rows)), names)
+            axis.set_ylabel("" if n else "row of the table, block", loc="top")
+            words = [op[3:].replace("_", " ") for op in CANDIDATES]
             axis.set_xticks(range(len(CANDIDATES)), words, rotation=90)
             axis.xaxis.tick_top()
             axis.tick_params(length=0)
             axis.spines[:].set_visible(False)
             begin, done = done, done + steps[-1][0]
-            for i, (name, values) in enumerate(entropies(steps).items()):
-                below.plot([begin + step for step, _ in steps], values, ("-", "--", ":")[i], color=COLOURS[i],
-                           marker=MARKS[i], ms=3, clip_on=False, label="_" * n + name)
+            old = [i for i, stand in enumerate(stands[stage]) if stand in oldest]
+            for which, dash in ((old, "-"), (sorted(set(range(len(at))) - set(old)), ":")):
+                for i, (name, mean) in enumerate(results.entropies(steps, which).items()):
+                    below.plot([begin + step for step, _ in steps], mean, dash, color=COLOURS[i],
+                               marker=MARKS[i], ms=3, clip_on=False, label="_" * (n or dash == ":") + name)
             below.axvline(done, color="0.6", lw=0.6)
             below.text((begin + done) / 2, 1.07, f"A{stage}", ha="center")
         figure.colorbar(image, ax=figure.axes[1:], label="probability")
         below.set(xlim=(0, done), ylim=(0, 1.05), xlabel="weight steps",
                   ylabel="mean entropy / log n\n(1 undecided, 0 decided)")
-        figure.legend(*below.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        handles = [*below.get_legend_handles_labels()[0],
+                   Line2D([], [], color="0.3", ls=":", label="of blocks that A0 does not have"),
+                   Line2D([], [], label="of the derived network", **ring),
+                   Line2D([], [], color="black", marker="+", ls="", label="a new block")]
+        figure.legend(handles=handles, loc="outside lower center", ncols=3)
     return save(figure, path)
 
 
@@ -256,15 +319,13 @@ def main(argv=None):
     p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
     p.add_argument("--out", type=Path, metavar="DIR", help="folder of the pictures (the first run's)")
     args = p.parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")       # names of folders need not be UTF-8
     for run in args.runs:
         if not run.is_dir():
             p.error(f"{run} is not a folder")
         if not (run / "summary.json").is_file():
             p.error(f"{run} has no summary.json: it is not the folder of a finished run")
     out, run = args.out or args.runs[0], args.runs[0]
-    for read, what in ((curves, args.runs), (networks, run), (history, run)):
+    for read, what in ((results.curves, args.runs), (results.networks, run), (results.history, run)):
         try:
             read(what)  # a broken file ends it before a picture is drawn
         except Missing:

@@ -4,7 +4,7 @@
 Every block chooses three times: an operation of Table 2, an expansion, an output width. Each choice has
 its logits, the architecture parameters alpha. A step draws two options of each without replacement
 (Gumbel top-2) and weights them by the softmax of their perturbed logits over the temperature. Only these
-two paths are computed, forward and backward.
+two paths are computed, forward and backward. With weights of 0 and 1 they are one network of the space.
 """
 import math
 from typing import NamedTuple
@@ -21,7 +21,7 @@ CHOICES = ("op", "expansion", "width")
 
 
 class Draw(NamedTuple):
-    """What one choice came to: options (indices, ascending) and their gates (weights that sum to 1)."""
+    """The sampled options of one choice (indices, ascending) and their gates (weights that sum to 1)."""
     options: tuple
     gates: torch.Tensor
 
@@ -50,12 +50,12 @@ class MixedBlock(nn.Module):
         self.alphas = nn.ParameterDict({name: torch.zeros(n) for name, n in sizes.items() if n > 1})
 
     def forward(self, x, inputs, draws):  # task 2.3
-        """x (B, i, H, W) -> ((B, o, H', W'), outputs): i and o are the widest of `inputs` and `outputs`.
+        """x (B, i, H, W) and its `inputs` -> y (B, o, H', W') and its `outputs`.
 
-        inputs, outputs: what was drawn for the width before the block and behind it, as (numbers of channels,
-        their gates). Each pair of an input width and an expansion has a hidden width, and the product of
-        their gates. The drawn candidates are summed by their gates and with the residual, and masked by
-        the output widths. So gates of 0 and 1 give exactly the network of these choices.
+        inputs, outputs: the sampled widths of x and of y, and their gates; i and o are the widest. Each pair
+        of an input width and an expansion has a hidden width, weighted by the product of their gates. The
+        sampled candidates are added up by their gates, then the residual is added, then the output widths
+        mask the sum. So gates of 0 and 1 give exactly the network of these choices.
         """
         (widths, gates), expansions = inputs, draws["expansion"]
         hidden = [self.block.hidden(width, option) for width in widths for option in expansions.options]
@@ -89,6 +89,8 @@ class SuperNet(nn.Module):
         self.head_norm = nn.BatchNorm2d(space.head, track_running_stats=False)
         self.classifier = nn.Linear(space.head, classes)
         initialise(self, generator)
+        for block in self.blocks:
+            begin_alike(block.candidates)
 
     def weights(self):
         """The network's parameters, w: trained by SGD on 5/6 of the training data."""
@@ -128,7 +130,7 @@ class SuperNet(nn.Module):
                 for block in self.blocks]
 
     def path(self, options):
-        """The path of choices made: for each block (operation, expansion, width) as indices."""
+        """The path of one network, given for each block its (operation, expansion, width) as indices."""
         single = torch.ones(1, device=self.classifier.weight.device)
         return [{name: Draw((option,), single) for name, option in zip(CHOICES, chosen)}
                 for chosen in options]
@@ -142,6 +144,22 @@ class SuperNet(nn.Module):
             x, widths = block(x, widths, draws)
         x = F.hardswish(norm(conv(x, self.head, self.space.head), self.head_norm))
         return self.classifier(x.mean((2, 3)))
+
+
+@torch.no_grad()
+def begin_alike(candidates):
+    """Copy one candidate's weights to the others of its block; a 5x5 kernel is the 3x3 with zeros around.
+
+    The candidates then differ by what they are and not by luck, and the layers behind them learn for all of
+    them at once. Squeeze-excite layers are shared for the same reason.
+    """
+    first = candidates[list(CANDIDATES).index("ir_k3_se_hs")]           # it has every layer
+    for candidate in candidates:
+        for name, layer in candidate.named_children():
+            if isinstance(layer, nn.Conv2d):
+                weight = first.get_submodule(name).weight
+                margin = (layer.kernel_size[0] - weight.shape[-1]) // 2
+                layer.weight.copy_(F.pad(weight, (margin,) * 4))
 
 
 def step_sampled(optimizer, alphas):

@@ -84,8 +84,6 @@ def onnx(trained, image):
     """(the bytes of an .onnx, the logits of `image` by onnxruntime or, where that is missing, None)."""
     found = torch.onnx.export(program(trained, image), (image,), dynamo=True, verbose=False,
                               input_names=["image"], output_names=["logits"], dynamic_shapes=BATCH)
-    for node in found.model.graph:
-        node.metadata_props.clear()
     found.model.metadata_props.update(facts(trained))
     raw = found.model_proto.SerializeToString()
     if not importlib.util.find_spec("onnxruntime"):

@@ -49,6 +49,9 @@ def command(main):
 
     @functools.wraps(main)
     def run(argv=None):
+        for stream in filter(None, (sys.stdout, sys.stderr)):   # names of folders need not be UTF-8
+            with contextlib.suppress(AttributeError):
+                stream.reconfigure(errors="backslashreplace")
         try:
             with processes.process_group():
                 return main(argv)
@@ -60,7 +63,7 @@ def command(main):
             where = error.filename or "its output"
             status = 1
             message = f"{where}: {error.strerror or error}; what was written before is whole"
-        print(f"{script}: {message}".encode(errors="backslashreplace").decode(), file=sys.stderr)
+        print(f"{script}: {message}", file=sys.stderr)
         raise SystemExit(status)
     return run
 

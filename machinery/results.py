@@ -17,7 +17,12 @@ import numpy as np
 from space import CANDIDATES, Arch
 
 FILES = ("trained.json", "summary.json")                        # what accuracies stand in
-NAMED, NO_SETTING = ("method", "space", "data"), ("seed", "device", "checkpoint_every", "workers")
+NAMED, NO_SETTING = ("method", "data", "space"), ("seed", "device", "checkpoint_every", "workers")
+
+
+WORDS = {"cst": "curriculum search", "direct": "direct search", "naive": "naive growth",
+         "scaling": "compound scaling", "fashion": "Fashion-MNIST", "cifar10": "CIFAR-10",
+         "cifar100": "CIFAR-100", "fake": "patterns", "small": "small space", "paper": "paper's space"}
 
 
 class Missing(files.Refused):
@@ -78,7 +83,7 @@ def measured(file):
 def experiments(runs):
     """{label: folders}: runs whose args.json differ in the seed alone are one experiment.
 
-    A label names method, space and data, and of those that share all three what else tells them apart.
+    A label names method, data and space, and of those that share all three what else tells them apart.
     """
     groups = {}
     for run in map(Path, runs):
@@ -92,7 +97,7 @@ def experiments(runs):
     settings, labels = [json.loads(key) for key in groups], []
     for mine in settings:
         alike = [other for other in settings if all(other.get(k) == mine.get(k) for k in NAMED)]
-        words = [str(mine[k]) for k in NAMED if k in mine]
+        words = [WORDS.get(mine[k], Path(str(mine[k])).name) for k in NAMED if k in mine]
         for k, v in mine.items():
             if k not in (*NAMED, "run") and not isinstance(v, list) and any(o.get(k, v) != v for o in alike):
                 words.append({True: k, False: f"no {k}"}[v] if isinstance(v, bool) else f"{k} {v}")
@@ -166,11 +171,14 @@ def history(run):
     return {stage: sorted(steps.items()) for stage, steps in sorted(stages.items())}
 
 
-def entropies(steps):
-    """{choice: [..]}: at each (step, blocks) the mean `entropy` over the blocks that have this choice."""
-    each = {name: [[entropy(b[name]) for b in blocks if len(b.get(name, ())) > 1] for _, blocks in steps]
+def entropies(steps, which):
+    """{choice: [..]}: at each (step, blocks) the mean `entropy` over those of the blocks with the numbers
+    `which` that have this choice.
+    """
+    each = {name: [[entropy(blocks[i][name]) for i in which if len(blocks[i].get(name, ())) > 1]
+                   for _, blocks in steps]
             for name in ("op", "expansion", "width")}
-    return {name: [float(np.mean(values)) for values in steps] for name, steps in each.items() if all(steps)}
+    return {name: [float(np.mean(some)) for some in values] for name, values in each.items() if all(values)}
 
 
 def entropy(p):

@@ -1,20 +1,17 @@
-"""Processes that work for the main one, outlive neither it nor their use, and are waited for only so long.
+"""Processes that decode images for the main one: torch's DataLoader, which is waited for only so long.
 
-They answer through pipes: of shared memory a container has too little, and of file descriptors there are few.
+Answers are no tensors, so that they travel through pipes and not through shared memory, of which a container
+has too little.
 """
 from machinery import files
 
 import atexit
-import contextlib
-import itertools
 import multiprocessing
 import os
-import queue
 import signal
-import threading
-from collections import deque
 
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 PATIENCE = 50                                             # seconds that an answer may take
 
@@ -24,6 +21,7 @@ def end():
     """End all workers, which ignore the SIGTERM that Python would end them by."""
     for worker in multiprocessing.active_children():
         worker.kill()
+        worker.join()
 
 
 def cores():
@@ -32,77 +30,59 @@ def cores():
     return max(1, min(8, here // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def serve(function, pipe, main_end):
-    """What a worker does: it answers x from `pipe` with function(x), until the main process ends.
+class Calls(Dataset):
+    """A `Dataset` whose item x is function(x)."""
 
-    It ignores Ctrl-C and SIGTERM, which the main process obeys in its own time. It does not hold the run's
-    folder, so that a run can go on at once after the main process was killed.
+    def __init__(self, function):
+        self.function = function
+
+    def __getitem__(self, x):
+        return self.function(x)
+
+
+def as_it_is(answer):
+    return answer
+
+
+def leave_signals(worker):
+    """A worker ignores Ctrl-C and SIGTERM, which the main process obeys in its own time. It does not hold the
+    run's folder, so that a run can go on at once after the main process was killed.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    main_end.close()
     files.unlock()
-    torch.set_num_threads(1)
-    answers = queue.SimpleQueue()
 
-    def send():
-        with contextlib.suppress(OSError):
-            while True:
-                pipe.send(answers.get())
 
-    threading.Thread(target=send, daemon=True).start()    # the next answer need not wait for the main process
-    with contextlib.suppress(EOFError, OSError):          # the main process has ended
-        for x in iter(pipe.recv, None):
-            try:
-                answers.put(function(x))
-            except files.BROKEN as error:
-                answers.put(error)
+def check_descriptors(count):
+    """Refused if `count` workers need more file descriptors than are left: DataLoader would fail at length."""
+    opened = []
+    try:
+        opened += (os.dup(0) for _ in range(8 * count))                 # queues and pipes, on the safe side
+    except OSError as error:
+        raise files.Refused(f"{count} workers: {error.strerror}: take fewer --workers, or 0") from None
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
 
 
 def work(function, inputs, count, ahead=2):
     """Yield function(x) of each x of `inputs`, in order, from `count` processes (0: from this one).
 
-    ahead: how many inputs each process is given in advance. An exception of `function` is raised here.
-    Refused, in one line, if a process cannot start, dies, or gives no answer for `PATIENCE` seconds.
+    ahead: how many inputs each process is given in advance. Refused, in one line, if a process cannot start,
+    dies, or gives no answer for `PATIENCE` seconds.
     """
     if not count:
         yield from map(function, inputs)
         return
-    inputs, asked, pool = iter(inputs), deque(), []
-
-    def ask(worker, pipe):
-        for x in itertools.islice(inputs, 1):
-            pipe.send(x)
-            asked.append((worker, pipe))
-
+    loader = DataLoader(Calls(function), batch_size=None, sampler=inputs, num_workers=count, timeout=PATIENCE,
+                        collate_fn=as_it_is, worker_init_fn=leave_signals, prefetch_factor=ahead,
+                        generator=torch.Generator())
+    check_descriptors(count)
     try:
-        for _ in range(count):
-            pipe, other_end = multiprocessing.Pipe()
-            worker = multiprocessing.Process(target=serve, args=(function, other_end, pipe), daemon=True)
-            worker.start()
-            other_end.close()                             # so that the pipe ends when the worker does
-            pool.append((worker, pipe))
-        for worker, pipe in pool * ahead:
-            ask(worker, pipe)
-        while asked:
-            worker, pipe = asked.popleft()
-            limit = threading.Timer(PATIENCE, worker.kill)
-            limit.start()
-            try:
-                answer = pipe.recv()
-            finally:
-                limit.cancel()
-            ask(worker, pipe)
-            if isinstance(answer, Exception):
-                raise answer
-            yield answer
-    except (EOFError, ConnectionError):
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        end()
         raise files.Refused(f"one of {count} workers has died, of too little memory perhaps, or gave no "
                             f"answer for {PATIENCE} seconds: take fewer --workers, or 0") from None
-    except OSError as error:
-        raise files.Refused(f"{count} workers: {error.strerror}: take fewer --workers, or 0") from None
-    finally:
-        for worker, pipe in pool:
-            worker.kill()
-            worker.join()
-            pipe.close()

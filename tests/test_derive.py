@@ -353,9 +353,11 @@ def test_compound_scaling_fits_its_budget_and_grows_all_rows_alike():
             assert [b.op for b in new] == [b.op for b in repeated]
             assert [b.stride for b in new] == [old[0].stride] + [1] * (len(new) - 1)
             assert all(b.out >= a.out for a, b in zip(repeated, new))
-        assert any(all(len(new) == round(len(old) * 1.2 ** (n / 20)) and
-                       all(b.hidden == near8(a.hidden * 1.1 ** (n / 20)) for a, b in zip(old, new) if a.expand)
-                       for old, new in zip(rows(arch), rows(scaled))) for n in range(100))
+        pairs = list(zip(rows(arch), rows(scaled)))
+        assert any(all(len(new) == round(len(old) * 1.2 ** phi) for old, new in pairs) and
+                   all(b.hidden == near8(a.hidden * 1.1 ** phi)
+                       for old, new in pairs for a, b in zip(old, new) if a.expand)
+                   for phi in np.arange(100) / 20)
         sizes.append(macs(scaled))
     assert sizes == sorted(sizes) and sizes[0] == macs(arch) and sizes[-1] > 2 * macs(arch)
     with pytest.raises(ValueError, match="does not fit"):

@@ -14,6 +14,7 @@ import random
 import statistics
 
 import matplotlib
+import numpy as np
 import pytest
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex, to_rgb
@@ -21,9 +22,10 @@ from matplotlib.path import Path
 from matplotlib.text import Annotation, Text
 
 import plot
-from space import CANDIDATES
+from space import CANDIDATES, SPACES, Arch
 
 ACCURACIES = (0.5, 0.6, 0.7)
+NAME = "curriculum search, patterns, small space"
 
 
 @pytest.fixture
@@ -87,20 +89,20 @@ def test_error_bars_are_the_standard_deviation_over_seeds(unsaved, tmp_path):
         assert (x, y) == pytest.approx(((1000000 * (n + 1) + 1) / 1e6, mean))
         upright = [s for s in bars if s[0][1] != s[1][1] and s[0][0] == pytest.approx(x)]
         assert [tuple(s[:, 1]) for s in upright] == [pytest.approx((mean - std, mean + std))]
-    assert drawn(right)["cst, small, fake"][0].get_xdata() == pytest.approx([0.100001, 0.200001])
+    assert drawn(right)[NAME][0].get_xdata() == pytest.approx([0.100001, 0.200001])
 
 
 def test_one_run_has_no_error_bars(unsaved, tmp_path):
     figure = plot.curve([make(tmp_path / "run")], tmp_path / "curve.png")
     assert all(not bars for axis in figure.axes for _, bars in drawn(axis).values())
-    assert [t.get_text() for t in figure.legends[0].texts] == ["cst, small, fake, n = 1"]
+    assert [t.get_text() for t in figure.legends[0].texts] == [f"{NAME}, n = 1"]
 
 
 def test_runs_are_averaged_only_if_they_differ_in_the_seed_alone(unsaved, tmp_path):
     runs = [make(tmp_path / "a"), make(tmp_path / "b", 1, device="cuda"), make(tmp_path / "c", grow=False),
             make(tmp_path / "d", method="direct"), make(tmp_path / "e", method="direct", data="cifar10")]
-    labels = ["cst, small, fake, grow", "cst, small, fake, no grow", "direct, small, fake",
-              "direct, small, cifar10"]
+    labels = [f"{NAME}, grow", f"{NAME}, no grow", "direct search, patterns, small space",
+              "direct search, CIFAR-10, small space"]
     assert results.experiments(runs) == dict(zip(labels, (runs[:2], runs[2:3], runs[3:4], runs[4:])))
     figure = plot.curve(runs, tmp_path / "curve.png")
     legend = [t.get_text() for t in figure.legends[0].texts]
@@ -112,7 +114,7 @@ def test_runs_are_averaged_only_if_they_differ_in_the_seed_alone(unsaved, tmp_pa
 
 def test_where_words_cannot_tell_experiments_apart_the_folder_does(tmp_path):
     runs = [make(tmp_path / "a", epochs=[1, 1]), make(tmp_path / "b", epochs=[2, 2])]
-    assert list(results.experiments(runs)) == [f"cst, small, fake ({run})" for run in runs]
+    assert list(results.experiments(runs)) == [f"{NAME} ({run})" for run in runs]
 
 
 def test_the_same_seed_twice_does_not_count_twice(unsaved, tmp_path):
@@ -131,7 +133,7 @@ def test_open_marks_for_the_supernets_weights_and_filled_for_trained(unsaved, tm
     trained(run, ("A2", 2, 3e6, 3e5, 0.9), ("A0", 0, 1e6, 1e5, 0.8))
     top, _, bottom, _ = plot.curve([run], tmp_path / "curve.png").axes
     for axis, points, filled in ((top, [(1, 80), (3, 90)], True), (bottom, [(1, 50), (3, 70)], False)):
-        line, _ = drawn(axis)["cst, small, fake"]
+        line, _ = drawn(axis)[NAME]
         assert line.get_xydata().ravel().tolist() == pytest.approx([x for point in points for x in point])
         assert (line.get_markerfacecolor() == line.get_color()) == filled
 
@@ -143,7 +145,7 @@ def test_networks_from_inherited_weights_are_a_line_of_their_own(unsaved, tmp_pa
                   "accuracy": 0.8 + n / 50 + more} for n in range(2)]
     (run / "trained.json").write_text(json.dumps(rows))
     figure = plot.curve([run], tmp_path / "curve.png")
-    found, name = drawn(figure.axes[0]), "cst, small, fake"
+    found, name = drawn(figure.axes[0]), NAME
     assert list(found) == [name, f"{name}, inherit"]
     assert [line.get_ydata().tolist() for line, _ in found.values()] == [pytest.approx([80, 82]),
                                                                          pytest.approx([85, 87])]
@@ -162,7 +164,8 @@ def test_other_networks_are_points_with_their_familys_mark_and_their_width(unsav
                                                                          "Other": [[3, 0.3, 87]]}
     figure = plot.curve(runs, tmp_path / "curve.png")
     assert {"x0.3", "A0"} == {t.get_text() for t in figure.axes[0].texts}
-    marks = {line.get_label(): line.get_marker() for line in figure.legends[0].legend_handles}
+    marks = {line.get_label().partition(",")[0]: line.get_marker()
+             for line in figure.legends[0].legend_handles}
     stars = {name: line.get_marker() for name, (line, _) in drawn(figure.axes[0]).items() if name in others}
     assert stars == {"MobileNetV2 x0.3": marks["MobileNetV2"], "Other": marks["Other"]}
     assert stars["Other"] != stars["MobileNetV2 x0.3"]
@@ -198,7 +201,7 @@ def test_any_name_of_a_folder_can_be_drawn(name, shown, tmp_path, capsys):
     plot.main([str(run)])
     assert str(tmp_path) in capsys.readouterr().out
     legend = [t.get_text() for t in plot.curve([run], tmp_path / "curve.png").legends[0].texts]
-    assert legend == [f"{shown}, n = 1", shown]
+    assert legend == [f"{shown}, n = 1"] * 2
 
 
 def test_a_users_matplotlibrc_changes_nothing(tmp_path):
@@ -234,12 +237,39 @@ def test_texts_of_one_point_stand_apart_and_only_what_is_needed_may_hide_somethi
     assert [text.get_text() for text in axis.texts] == ["one", "two"] and not one.overlaps(two)
 
 
+def test_one_wide_network_does_not_leave_the_panel_empty(unsaved, tmp_path):
+    run = make(tmp_path / "run")
+    trained(run, ("A0", 0, 1e6, 1e5, 0.8), ("MobileNetV3 x1", 0, 2e6, 2e6, 0.85))
+    macs, parameters, *_ = plot.curve([run], tmp_path / "curve.png").axes
+    assert (macs.get_xscale(), parameters.get_xscale()) == ("linear", "log")
+    assert [parameters.xaxis.get_minor_formatter()(x, 0) for x in (0.2, 0.3, 0.5)] == ["0.2", "", "0.5"]
+
+
+def test_a_point_of_one_seed_says_so_among_means(unsaved, tmp_path):
+    runs = [make(tmp_path / "a"), make(tmp_path / "b", 1, ACCURACIES[:2])]
+    left, _ = plot.curve(runs, tmp_path / "curve.png").axes
+    assert [t.get_text() for t in left.texts] == ["A0", "A1", "A2 (n = 1)"]
+
+
+def test_no_text_stands_nearer_to_the_point_of_another_line():
+    axis = plot.blank(3, 3).add_subplot(xlim=(0, 1), ylim=(0, 1))
+    plot.place(axis, [(0.5, 0.5, "here", True), (0.53, 0.47, "", False)])    # where it would stand
+    note, = axis.texts
+    (x, y), other = axis.transData.transform([(0.5, 0.5), (0.53, 0.47)])
+    box = note.get_window_extent()
+
+    def gap(point):
+        return math.dist(point, (min(max(point[0], box.x0), box.x1), min(max(point[1], box.y0), box.y1)))
+    assert gap((x, y)) < gap(other)
+
+
 def test_architectures_are_the_files(unsaved, tmp_path):
     run = make(tmp_path / "run")
     figure = plot.architectures(run, tmp_path / "a.png")
     axis, = figure.axes
-    boxes, chosen = axis.patches, [b for net in NETWORKS for b in net]
-    assert len(boxes) == len(chosen) == 7
+    grey = [box for box in axis.patches if box.get_facecolor()[:3] == (0.85,) * 3]
+    boxes, chosen = [box for box in axis.patches if box not in grey], [b for net in NETWORKS for b in net]
+    assert len(boxes) == len(chosen) == 7 and len(grey) == 4                        # stems and heads
     for box, block in zip(boxes, chosen):
         colour, words = plot.FILLS[block["op"][5:]]
         assert to_hex(box.get_facecolor()).upper() == colour
@@ -248,13 +278,31 @@ def test_architectures_are_the_files(unsaved, tmp_path):
         assert ("SE" in words, "hswish" in words) == ("se" in block["op"], "hs" in block["op"])
     first, second = ([box.get_x() for box in half] for half in (boxes[:3], boxes[3:]))
     assert second == sorted(second) and first == [second[0], second[1], second[3]]  # rows stand together
-    assert sum(line.get_marker() == "v" for line in axis.lines) == sum(b["stride"] == 2 for b in chosen)
+    for stem, head in (grey[:2], grey[2:]):
+        assert stem.get_x() < min(second) and head.get_x() > max(second)
+    strides = sum(b["stride"] == 2 for b in chosen) + 2
+    assert sum(line.get_marker() == "v" for line in axis.lines) == strides
     words = [t.get_text() for t in axis.texts]
-    assert {"A0", "A1", "1.00 M MACs", "2.00 M MACs", "14", "7×7"} <= set(words)
-    for block, expansion in zip(chosen, ("1.0", "3.0", "1.0", "1.0", "1.5", "3.0", "1.0")):
+    assert {"A0", "A1", "1.00 M MACs", "2.00 M MACs", "14×14", "7×7"} <= set(words)
+    assert sum(words[n:n + 2] == ["1×1", "256"] for n in range(len(words))) == 2
+    # Of the tables, .75 to 2.25 by .5: 1.25 x 16 gives 24, and .75 x 8 gives 8. 24 of 8 is none of theirs.
+    for block, expansion in zip(chosen, ("1", "3", "1", "1", "1.25", "3", "0.75")):
         at = next(n for n in range(len(words)) if words[n:n + 3] == [f"{block['op'][4]}×{block['op'][4]}",
                                                                      str(block["out"]), expansion])
         del words[at:at + 3]
+
+
+def test_expansions_are_those_of_the_tables():
+    for space in SPACES["small"]:
+        for option, width in itertools.product((0, -1), repeat=2):
+            inputs = space.stem
+            for block in space.blocks:
+                n = range(len(block.expansions))[option]
+                hidden = block.hidden(inputs, n)
+                same = [e for k, e in enumerate(block.expansions) if block.hidden(inputs, k) == hidden]
+                arch = Arch("small", space.stage, 28, 1, 10, 16, 256, ())
+                assert plot.expansion(arch, (block.row, block.place), inputs, hidden) == f"{same[0]:g}"
+                inputs = block.widths[width]
 
 
 def test_the_operations_are_those_of_table_2():
@@ -279,6 +327,9 @@ def test_entropy():
 
 def test_alphas_are_the_log(unsaved, tmp_path):
     run, sure = make(tmp_path / "run"), [1.0] + 7 * [0.0]
+    for n in range(2):
+        facts = FACTS | {"stage": n, "blocks": NETWORKS[0][:2]}
+        (run / f"A{n}.json").write_text(json.dumps(facts))
     start = [{"op": uniform(8), "width": uniform(2)},
              {"op": uniform(8), "expansion": uniform(4), "width": uniform(3)}]
     end = [{"op": sure, "width": [1.0, 0.0]},
@@ -295,9 +346,36 @@ def test_alphas_are_the_log(unsaved, tmp_path):
     assert lines["_op"] == [[14, pytest.approx(0.5)]]              # A1 begins where A0 ends
 
 
+def test_alphas_of_a_block_stay_in_its_row_and_new_blocks_and_derived_choices_are_marked(unsaved, tmp_path):
+    run, sure = make(tmp_path / "run"), [1.0] + 7 * [0.0]
+    small, large = SPACES["small"][:2]
+    for n, space in enumerate((small, large)):
+        at, width, chosen = iter(itertools.cycle(CANDIDATES)), space.stem, []
+        for b in space.blocks:
+            chosen.append({"op": next(at), "hidden": b.hidden(width, 0), "out": b.widths[0],
+                           "stride": b.stride, "residual": b.residual, "expand": b.expand})
+            width = b.widths[0]
+        (run / f"A{n}.json").write_text(json.dumps(FACTS | {"stage": n, "blocks": chosen}))
+    log(run, *({"stage": n, "step": 9, "alphas": [[9, [{"op": p} for _ in space.blocks]]]}
+               for n, (space, p) in enumerate(((small, uniform(8)), (large, sure)))))
+    below, first, second, _ = plot.alphas(run, tmp_path / "alphas.png").axes
+    rows = [(b.row, b.place) for b in large.blocks]
+    kept = [rows.index((b.row, b.place)) for b in small.blocks]
+    new, = set(range(6)) - set(kept)
+    values = first.get_images()[0].get_array()
+    assert values[kept].tolist() == [uniform(8)] * 5 and np.isnan(np.ma.filled(values[new], np.nan)).all()
+    assert second.get_images()[0].get_array().tolist() == [sure] * 6
+    assert [t.get_text() for t in first.get_yticklabels()] == [f"{r + 2}.{p + 1}" for r, p in rows]
+    assert [t.get_text() for t in second.get_yticklabels()] == ["+" if n == new else "" for n in range(6)]
+    rings = [[tuple(line.get_xydata()[0]) for line in axis.lines] for axis in (first, second)]
+    assert rings == [list(enumerate(kept)), [(n, n) for n in range(6)]]
+    dotted = [line for line in below.lines if line.get_linestyle() == ":"]
+    assert [line.get_xydata().tolist() for line in dotted] == [[[18, 0]]]
+
+
 def test_everything_can_be_read_in_print(tmp_path):
     run = make(tmp_path / "run")
-    log(run, {"stage": 0, "step": 5, "alphas": [[5, [{"op": uniform(8)}]]]})
+    log(run, {"stage": 0, "step": 5, "alphas": [[5, [{"op": uniform(8)}] * 3]]})
     for draw, what in ((plot.curve, [run]), (plot.architectures, run), (plot.alphas, run)):
         figure = draw(what, tmp_path / "picture.png")
         assert figure.get_figwidth() <= 7.2
@@ -307,7 +385,7 @@ def test_everything_can_be_read_in_print(tmp_path):
 
 def test_command_line(tmp_path, capsys):
     runs = [make(tmp_path / "a"), make(tmp_path / "b", 1)]
-    log(runs[0], {"stage": 0, "step": 5, "alphas": [[5, [{"op": uniform(8)}]]]})
+    log(runs[0], {"stage": 0, "step": 5, "alphas": [[5, [{"op": uniform(8)}] * 3]]})
     plot.main([str(run) for run in runs])
     names = ("curve", "architectures", "alphas")
     assert capsys.readouterr() == ("".join(f"{name}: {runs[0] / name}.png\n" for name in names), "")
@@ -317,6 +395,20 @@ def test_command_line(tmp_path, capsys):
     assert left == ["architectures.png", "curve.png"]
     assert len(out.splitlines()) == 2
     assert err.startswith('plot.py: no alphas.png: no "alphas" in ') and err.count("\n") == 1
+
+
+def test_a_log_of_other_networks_is_refused(tmp_path):
+    log(make(tmp_path / "run"), {"stage": 0, "step": 5, "alphas": [[5, [{"op": uniform(8)}]]]})
+    with pytest.raises(ValueError, match="log.jsonl has 1 blocks of A0, but the network 3"):
+        plot.alphas(tmp_path / "run", tmp_path / "alphas.png")
+
+
+def test_a_stage_that_has_not_ended_is_drawn_without_choices(unsaved, tmp_path):
+    run, blocks = make(tmp_path / "run"), [{"op": uniform(8)}] * len(SPACES["small"][1].blocks)
+    log(run, {"stage": 1, "step": 5, "alphas": [[5, blocks]]})
+    (run / "A1.json").unlink()
+    _, axis, _ = plot.alphas(run, tmp_path / "alphas.png").axes
+    assert axis.get_images()[0].get_array().shape == (6, 8) and not axis.lines
 
 
 def test_a_log_without_alphas_is_refused(tmp_path):

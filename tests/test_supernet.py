@@ -297,6 +297,24 @@ def test_an_alpha_step_moves_the_sampled_options_alone_whatever_their_momentum()
     assert stale > 20                                             # momentum that Adam alone would have used
 
 
+def test_the_candidates_of_a_block_begin_alike():
+    net, x = SuperNet(SPACES["small"][4], 1, 10, seeded()), images(4, 1, 28)
+    for block in net.blocks:
+        for c, d in itertools.combinations(block.candidates, 2):
+            for name in ("expand", "squeeze", "excite", "project"):
+                one, other = getattr(c, name), getattr(d, name)
+                assert one is None or other is None or torch.equal(one.weight, other.weight)
+            small, large = sorted((c.depthwise.weight, d.depthwise.weight), key=torch.numel)
+            ring = (large.shape[-1] - small.shape[-1]) // 2
+            assert torch.equal(large, torch.nn.functional.pad(small, (ring,) * 4))
+    drawn = [c.depthwise.weight.flatten()[:72] for c in (block.candidates[0] for block in net.blocks)]
+    assert all(not torch.equal(one, other) for one, other in itertools.combinations(drawn, 2))
+    logits = [net(x, net.path([(op, -1, -1)] * len(net.blocks))) for op in range(8)]
+    for op in range(0, 8, 2):                                           # Table 2: with 3x3, with 5x5 kernels
+        assert_close(logits[op], logits[op + 1], rtol=1e-3, atol=1e-4)
+        assert not any(torch.allclose(logits[op], other, atol=1e-2) for other in logits[op + 2:])
+
+
 def test_logged_probabilities_are_the_softmax_of_the_logits():
     net = small(space=TINY)
     for block, found in zip(net.blocks, net.probabilities(), strict=True):
