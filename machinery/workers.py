@@ -54,7 +54,7 @@ def leave_signals(worker):
 
 
 def check_descriptors(count):
-    """Refused if `count` workers need more file descriptors than are left: DataLoader would fail at length."""
+    """Refused if `count` workers need more file descriptors than are left: DataLoader fails at length."""
     opened = []
     try:
         opened += (os.dup(0) for _ in range(8 * count))                 # queues and pipes, on the safe side
