@@ -11,6 +11,7 @@ from machinery.run import Run
 import argparse
 import contextlib
 import json
+import math
 import sys
 import time
 
@@ -194,8 +195,9 @@ def dry_run(args, images, device):
         supernet = SuperNet(space, images.channels, images.classes).to(device)
         few = argparse.Namespace(**{**vars(args), "epochs": [10 / epoch_length] * 5})
         for _ in range(2):                          # to warm up, and to measure
-            clock = time.perf_counter()
-            train_stage(supernet, teacher, loader, parts, few, Run(None, {}, device))
+            clock, run = time.perf_counter(), Run(None, {}, device, most_skipped=math.inf)
+            with contextlib.redirect_stdout(None):
+                train_stage(supernet, teacher, loader, parts, few, run)
             seconds = (time.perf_counter() - clock) / 10
         cost = flops.energy(seconds * steps, device, processes.world_size())
         total = [a + b for a, b in zip(total, cost)]

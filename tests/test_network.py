@@ -346,7 +346,7 @@ def test_a_program_that_computes_something_else_is_not_written(file, tmp_path, m
         monkeypatch.setattr(export, "pt2", lambda trained, image, logits=logits: (b"", logits))
         with pytest.raises(files.Refused, match=f"the logits of {tmp_path}/net.pt2 differ by"):
             export.export(network, tmp_path / "net.pt2")
-    for path, message in ((tmp_path / "net.pth", "ends neither in"), (tmp_path / "no" / "net.pt2", "no folder")):
+    for path, message in ((tmp_path / "net.pth", "ends neither"), (tmp_path / "no" / "net.pt2", "no folder")):
         with pytest.raises(files.Refused, match=message):
             export.check(path)
     assert not os.listdir(tmp_path)
