@@ -159,6 +159,8 @@ def open_supernet(run, stage):
         supernet = SuperNet(space, arch.in_channels, arch.classes)
     try:
         supernet.load_state_dict(files.load_checkpoint(weights), assign=True)
+        if not all(alpha.isfinite().all() for alpha in supernet.alphas()):
+            raise RuntimeError("its alphas are not finite")
     except RuntimeError as error:
         why = " ".join(str(error).split()[:12])
         raise Refused(f"{weights} is not the supernet of {file.name} ({why} ..)") from None
@@ -203,6 +205,8 @@ def main(argv=None):
         name, arch = under_budget(args, supernets, accuracy)
         text = arch.to_json()
     path = args.out or args.run / f"{name}.json"
+    if args.out and path.exists():
+        raise Refused(f"--out {path} is there already: name another file")
     files.write(path, text)
     print(f"written: {path}")
 

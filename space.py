@@ -276,6 +276,7 @@ class Arch(NamedTuple):
         _need(isinstance(found["space"], str), f"space is {found['space']!r}, not a name")
         for key in ("stage", "resolution", "in_channels", "classes", "stem", "head"):
             _whole(found[key], {"stage": 0, "classes": 2}.get(key, 1), key)
+        _need(found["resolution"] <= 2 ** 16, f"resolution {found['resolution']} is beyond reason")
         _need(isinstance(found["blocks"], list) and found["blocks"],
               "blocks is not a list of at least one block")
         blocks, width = [], found["stem"]

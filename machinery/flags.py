@@ -5,9 +5,11 @@ from machinery.files import Refused
 import argparse
 import contextlib
 import functools
+import io
 import itertools
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -49,20 +51,23 @@ def command(main):
 
     @functools.wraps(main)
     def run(argv=None):
+        sys.stderr = sys.stderr or io.StringIO()                # None if it was closed
         for stream in filter(None, (sys.stdout, sys.stderr)):   # names of folders need not be UTF-8
             with contextlib.suppress(AttributeError):
                 stream.reconfigure(errors="backslashreplace")
         try:
             with processes.process_group():
-                return main(argv)
+                main(argv)
+                print(end="", flush=True)
+            return
         except Refused as error:
             status, message = 2, str(error)
         except BrokenPipeError:                     # of `| head`: nobody reads on, and nothing is lost
             status, message = 1, "its output was closed"
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except OSError as error:
             where = error.filename or "its output"
-            status = 1
-            message = f"{where}: {error.strerror or error}; what was written before is whole"
+            status, message = 1, f"{where}: {error.strerror or error}; what was written before is whole"
         print(f"{script}: {message}", file=sys.stderr)
         raise SystemExit(status)
     return run
