@@ -24,6 +24,7 @@ import data
 from budget import alternatives, choose_stage, spend, viterbi
 from flops import Layer, bounds, costs, each, macs, params
 from network import Network
+from ops import middle
 from space import CANDIDATES, SPACES, round8
 from supernet import CHOICES, SuperNet
 
@@ -65,15 +66,18 @@ def derive(supernet, flops=None):
 def inherit(network, supernet):  # task 5.2
     """Copy the supernet's weights into a derived `network`, which is returned.
 
-    Both hold their tensors in the same order. Every width is a prefix, so a tensor of the network is the
-    leading corner of the supernet's. Batch-norm statistics are left to `recalibrate`.
+    Both hold their tensors in the same order, but for squeeze and excite, which a block of the network may
+    lack. Every width is a prefix, so a tensor is the leading corner of the supernet's; of a 5x5 kernel, a 3x3
+    one is the middle. Batch-norm statistics are left to `recalibrate`.
     """
-    chosen = [mixed.candidates[list(CANDIDATES).index(block.op)]
-              for block, mixed in zip(network.arch.blocks, supernet.blocks, strict=True)]
-    theirs = nn.ModuleList([supernet.stem, supernet.stem_norm, *chosen, supernet.head, supernet.head_norm,
-                            supernet.classifier])
-    for tensor, source in zip(network.parameters(), theirs.parameters(), strict=True):
-        tensor.copy_(source[tuple(slice(n) for n in tensor.shape)])
+    theirs = [supernet.stem, supernet.stem_norm]
+    for block, layers in zip(network.arch.blocks, [mixed.layers for mixed in supernet.blocks], strict=True):
+        _, se, _ = CANDIDATES[block.op]
+        theirs += [layer for layer in layers.children() if se or layer not in (layers.squeeze, layers.excite)]
+    theirs += [supernet.head, supernet.head_norm, supernet.classifier]
+    for tensor, source in zip(network.parameters(), nn.ModuleList(theirs).parameters(), strict=True):
+        corner = source[tuple(slice(n) for n in tensor.shape[:2])]
+        tensor.copy_(middle(corner, tensor.shape[-1]) if corner.dim() == 4 else corner)
     return network
 
 

@@ -3,7 +3,7 @@
 Wider: every set of channels that grows gets one map f (Eq. 1) from new channels to the old ones that they
 copy. Whatever produces or carries these channels is copied by it (Eq. 2); whatever consumes them shares
 its weights among the copies (Eq. 3). The sets are the outputs of a row, which its residuals tie together,
-and the hidden and squeezed channels of every candidate. Deeper: a new block at the end of its row starts
+and the hidden and squeezed channels of every block. Deeper: a new block at the end of its row starts
 as the identity.
 
 `widen` says how the new channels are consumed:
@@ -83,8 +83,7 @@ def grow(supernet, space, generator=None, widen="eq3"):
             f_row = channel_map(old_blocks[row, 0].block.widths[-1], new.block.widths[-1], generator)
         old = old_blocks.get((row, place))
         if old is not None:
-            for before, after in zip(old.candidates, new.candidates):
-                widen_candidate(before, after, f_in, f_row, generator, widen)
+            widen_layers(old.layers, new.layers, f_in, f_row, generator, widen)
             for name, alpha in new.alphas.items():
                 known = old.alphas[name]
                 alpha.copy_(torch.cat([known, known[-1].expand(len(alpha) - len(known))]))
@@ -92,8 +91,7 @@ def grow(supernet, space, generator=None, widen="eq3"):
             if "width" in new.alphas:
                 new.alphas["width"].copy_(grown.blocks[n - 1].alphas["width"])  # of the same row: same widths
             if widen != "naive":
-                for candidate in new.candidates:
-                    identity(candidate, widen, generator)
+                identity(new.layers, widen, generator)
     f_head = torch.arange(space.head)
     copy_layer(supernet.head, grown.head, f_head, f_row, generator, widen)
     copy_norm(supernet.head_norm, grown.head_norm, f_head, widen)
@@ -101,8 +99,8 @@ def grow(supernet, space, generator=None, widen="eq3"):
     return grown.to(classifier.weight.device).train(supernet.training)
 
 
-def widen_candidate(old, new, f_in, f_out, generator, widen):
-    """Net2Wider of one candidate, old -> new, given the maps of the channels that come in and go out."""
+def widen_layers(old, new, f_in, f_out, generator, widen):
+    """Net2Wider of one block's layers, old -> new, given the maps of the channels that come in and go out."""
     if old.expand is None:
         f_hidden = f_in                                        # no expand convolution: hidden is the input
     else:
@@ -111,10 +109,9 @@ def widen_candidate(old, new, f_in, f_out, generator, widen):
         copy_norm(old.norm1, new.norm1, f_hidden, widen)
     copy_layer(old.depthwise, new.depthwise, f_hidden, torch.arange(1), generator, widen)
     copy_norm(old.norm2, new.norm2, f_hidden, widen)
-    if old.squeeze is not None:
-        f_squeeze = channel_map(old.squeeze.out_channels, new.squeeze.out_channels, generator)
-        copy_layer(old.squeeze, new.squeeze, f_squeeze, f_hidden, generator, widen)
-        copy_layer(old.excite, new.excite, f_hidden, f_squeeze, generator, widen)
+    f_squeeze = channel_map(old.squeeze.out_channels, new.squeeze.out_channels, generator)
+    copy_layer(old.squeeze, new.squeeze, f_squeeze, f_hidden, generator, widen)
+    copy_layer(old.excite, new.excite, f_hidden, f_squeeze, generator, widen)
     copy_layer(old.project, new.project, f_out, f_hidden, generator, widen)
     copy_norm(old.norm3, new.norm3, f_out, widen)
 
@@ -142,21 +139,21 @@ def copy_norm(old, new, f, widen):
             after.copy_(produce(before, f))
 
 
-def identity(candidate, widen, generator):  # task 3.4
-    """A new block's candidate: identity kernels, of the input's width and widened to the hidden width by
+def identity(layers, widen, generator):  # task 3.4
+    """A new block's layers: identity kernels, of the input's width and widened to the hidden width by
     Eqs. 1-3.
 
     Batch norm, activation and squeeze-excite between the kernels would still change the function, and the
     block adds its input back: so the scale of the last batch norm starts at zero, and block(x) = x
     exactly. Its gradient is not zero, so the block learns from the first step.
     """
-    hidden, inputs = candidate.expand.weight.shape[:2]
+    hidden, inputs = layers.expand.weight.shape[:2]
     f = channel_map(inputs, hidden, generator)
     eye = torch.eye(inputs)
-    candidate.expand.weight.copy_(produce(eye, f).view(hidden, inputs, 1, 1))
-    nn.init.dirac_(candidate.depthwise.weight, groups=hidden)
-    candidate.project.weight.copy_(consume(eye, f, widen, generator).view(inputs, hidden, 1, 1))
-    nn.init.zeros_(candidate.norm3.weight)
+    layers.expand.weight.copy_(produce(eye, f).view(hidden, inputs, 1, 1))
+    nn.init.dirac_(layers.depthwise.weight, groups=hidden)
+    layers.project.weight.copy_(consume(eye, f, widen, generator).view(inputs, hidden, 1, 1))
+    nn.init.zeros_(layers.norm3.weight)
 
 
 def describe(old, new, x):

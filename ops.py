@@ -1,8 +1,9 @@
-"""The eight inverted-residual candidates (Table 2), at any prefix width.
+"""The eight inverted-residual candidates (Table 2), which share one set of weights, at any prefix width.
 
 A candidate is expand 1x1, depthwise kxk, squeeze-excite or not, project 1x1; each convolution is followed
-by batch norm and, but for the last, by ReLU or hswish. Its weights are kept at the widest. A narrower
-width is a prefix of them, so `forward` slices: what lies beyond the prefix is not computed.
+by batch norm and, but for the last, by ReLU or hswish. The weights are kept at the widest and with a 5x5
+kernel. A narrower width is a prefix of them and a 3x3 kernel their middle, so `forward` slices: what lies
+beyond is not computed.
 
 Shapes: B batch; i, e, o input, expanded (hidden) and output channels; s squeezed channels; k kernel; H W
 pixels.
@@ -16,11 +17,18 @@ from space import CANDIDATES, round8
 ACTIVATIONS = {"relu": F.relu, "hswish": F.hardswish}
 
 
-def conv(x, layer, outputs, columns=None):
+def middle(weight, kernel):
+    """The middle of the filters `weight` (o, i, k, k): (o, i, kernel, kernel)."""
+    margin = (weight.shape[-1] - kernel) // 2
+    return F.pad(weight, (-margin,) * 4) if margin else weight
+
+
+def conv(x, layer, outputs, columns=None, kernel=None):
     """The prefix of a convolution: the first `outputs` filters, over the channels that `x` (B, i, H, W) has.
 
-    `columns` (i,) scales the input channels; it is multiplied into the weights, which are far smaller
-    than the image. A 1x1 convolution is a matrix product over the pixels, and computed as one: it costs
+    `kernel` is the size of the filters' middle that is used (None: all of it). `columns` (i,) scales the
+    input channels of a 1x1 convolution; it is multiplied into the weights, which are far smaller than the
+    image. A 1x1 convolution is a matrix product over the pixels, and computed as one: it costs
     the same for a width never seen before, whereas a convolution kernel is first generated for each new
     shape.
     """
@@ -29,10 +37,12 @@ def conv(x, layer, outputs, columns=None):
         weight = layer.weight.flatten(1)[:outputs, :x.shape[1]]                # (o, i)
         weight = weight if columns is None else weight * columns
         return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
-    groups, kernel, padding = outputs if layer.groups > 1 else 1, layer.kernel_size[0], layer.padding
+    weight, groups = layer.weight[:outputs], outputs if layer.groups > 1 else 1
+    kernel = kernel or layer.kernel_size[0]
+    padding = kernel // 2
     if x.shape[-1] < kernel:        # oneDNN's gradient of such a kernel is three times faster without padding
-        x, padding = F.pad(x, (kernel // 2,) * 4), 0
-    return F.conv2d(x, layer.weight[:outputs], bias, layer.stride, padding, 1, groups)
+        x, padding = F.pad(x, (padding,) * 4), 0
+    return F.conv2d(x, middle(weight, kernel), bias, layer.stride, padding, 1, groups)
 
 
 def norm(x, layer):
@@ -64,43 +74,47 @@ def add_residual(y, x):  # task 1.1
 
 
 class InvertedResidual(nn.Module):
-    """One candidate of Table 2 at its widest: `op` is its name there, the widths are in channels.
+    """The layers of a block at their widest, in channels: the eight candidates of Table 2 share them.
 
     The residual is not part of it: the two sampled candidates of a block share one (see `add_residual`).
     """
 
-    def __init__(self, op, inputs, hidden, outputs, stride=1, expand=True):
+    def __init__(self, inputs, hidden, outputs, stride=1, expand=True):
         super().__init__()
-        kernel, se, activation = CANDIDATES[op]
         squeezed = round8(hidden / 4)
-        self.act = ACTIVATIONS[activation]
         self.expand = nn.Conv2d(inputs, hidden, 1, bias=False) if expand else None
         self.norm1 = nn.BatchNorm2d(hidden, track_running_stats=False) if expand else None
-        self.depthwise = nn.Conv2d(hidden, hidden, kernel, stride, kernel // 2, groups=hidden, bias=False)
+        self.depthwise = nn.Conv2d(hidden, hidden, 5, stride, 2, groups=hidden, bias=False)
         self.norm2 = nn.BatchNorm2d(hidden, track_running_stats=False)
-        self.squeeze = nn.Conv2d(hidden, squeezed, 1) if se else None
-        self.excite = nn.Conv2d(squeezed, hidden, 1) if se else None
+        self.squeeze = nn.Conv2d(hidden, squeezed, 1)
+        self.excite = nn.Conv2d(squeezed, hidden, 1)
         self.project = nn.Conv2d(hidden, outputs, 1, bias=False)
         self.norm3 = nn.BatchNorm2d(outputs, track_running_stats=False)
 
-    def forward(self, x, hidden, gates, outputs):  # task 1.3
-        """x (B, i, H, W) -> (B, outputs, H', W'), at prefix widths.
+    def forward(self, x, ops, hidden, gates, outputs):  # task 1.3
+        """x (B, i, H, W) -> a list: the output (B, outputs, H', W') of each of `ops`, names in Table 2.
 
         hidden: the hidden widths that were sampled, gates: their weights, as in `mask`. The mask belongs
         after the depthwise batch norm and activation (before a batch norm it would be divided out). All
         that follows is linear in the masked channels, so it scales the columns of the consumers. A squeezed
-        width is a quarter of a hidden one by `round8`; these are masked alike behind their ReLU.
+        width is a quarter of a hidden one by `round8`; these are masked alike behind their ReLU. Up to the
+        first activation all ops compute the same, and it is computed once.
         """
         columns, widest = mask(hidden, gates), max(hidden)
+        squeezed = [round8(width / 4) for width in hidden]
         if self.expand is not None:
-            x = self.act(norm(conv(x, self.expand, widest), self.norm1))       # expand: (B, e, H, W)
-        x = self.act(norm(conv(x, self.depthwise, widest), self.norm2))        # depthwise: (B, e, H', W')
-        if self.squeeze is not None:
-            squeezed = [round8(width / 4) for width in hidden]
-            s = F.relu(conv(x.mean((2, 3), keepdim=True), self.squeeze, max(squeezed), columns))
-            s = conv(s, self.excite, widest, mask(squeezed, gates))            # (B, s, 1, 1) -> (B, e, 1, 1)
-            x = x * F.hardsigmoid(s)
-        return norm(conv(x, self.project, outputs, columns), self.norm3)       # project: (B, o, H', W')
+            x = norm(conv(x, self.expand, widest), self.norm1)                 # expand: (B, e, H, W)
+        found = []
+        for kernel, se, activation in map(CANDIDATES.get, ops):
+            act = ACTIVATIONS[activation]
+            y = x if self.expand is None else act(x)
+            y = act(norm(conv(y, self.depthwise, widest, kernel=kernel), self.norm2))   # (B, e, H', W')
+            if se:
+                s = F.relu(conv(y.mean((2, 3), keepdim=True), self.squeeze, max(squeezed), columns))
+                s = conv(s, self.excite, widest, mask(squeezed, gates))        # (B, s, 1, 1) -> (B, e, 1, 1)
+                y = y * F.hardsigmoid(s)
+            found.append(norm(conv(y, self.project, outputs, columns), self.norm3))     # (B, o, H', W')
+        return found
 
 
 def initialise(module, generator):

@@ -35,17 +35,17 @@ def temperature(progress, first=5.0, last=0.1):  # task 2.1
 
 
 class MixedBlock(nn.Module):
-    """One searchable block: the eight candidates at their widest, and the logits of its three choices.
+    """One searchable block: the layers that its eight candidates share, and the logits of its three choices.
 
-    A choice with a single option (expansion 1 in row 2) has no logits.
+    The candidates differ by what they are, and not by how often they were drawn: their weights learn in every
+    step. A choice with a single option (expansion 1 in row 2) has no logits.
     """
 
     def __init__(self, block, inputs):
         super().__init__()
         self.block = block
         hidden, outputs = block.hidden(inputs, -1), block.widths[-1]
-        self.candidates = nn.ModuleList(
-            InvertedResidual(op, inputs, hidden, outputs, block.stride, block.expand) for op in CANDIDATES)
+        self.layers = InvertedResidual(inputs, hidden, outputs, block.stride, block.expand)
         sizes = {"op": len(CANDIDATES), "expansion": len(block.expansions), "width": len(block.widths)}
         self.alphas = nn.ParameterDict({name: torch.zeros(n) for name, n in sizes.items() if n > 1})
 
@@ -61,9 +61,9 @@ class MixedBlock(nn.Module):
         hidden = [self.block.hidden(width, option) for width in widths for option in expansions.options]
         hidden_gates = torch.outer(gates, expansions.gates).flatten()
         outputs = [self.block.widths[option] for option in draws["width"].options], draws["width"].gates
-        y = 0
-        for op, gate in zip(*draws["op"]):
-            y = y + gate * self.candidates[op](x, hidden, hidden_gates, max(outputs[0]))
+        ops = [list(CANDIDATES)[option] for option in draws["op"].options]
+        found = self.layers(x, ops, hidden, hidden_gates, max(outputs[0]))
+        y = sum(gate * each for gate, each in zip(draws["op"].gates, found))
         if self.block.residual:
             y = add_residual(y, x)
         return y * mask(*outputs).view(1, -1, 1, 1), outputs
@@ -89,8 +89,6 @@ class SuperNet(nn.Module):
         self.head_norm = nn.BatchNorm2d(space.head, track_running_stats=False)
         self.classifier = nn.Linear(space.head, classes)
         initialise(self, generator)
-        for block in self.blocks:
-            begin_alike(block.candidates)
 
     def weights(self):
         """The network's parameters, w: trained by SGD on 5/6 of the training data."""
@@ -144,22 +142,6 @@ class SuperNet(nn.Module):
             x, widths = block(x, widths, draws)
         x = F.hardswish(norm(conv(x, self.head, self.space.head), self.head_norm))
         return self.classifier(x.mean((2, 3)))
-
-
-@torch.no_grad()
-def begin_alike(candidates):
-    """Copy one candidate's weights to the others of its block; a 5x5 kernel is the 3x3 with zeros around.
-
-    The candidates then differ by what they are and not by luck, and the layers behind them learn for all of
-    them at once. Squeeze-excite layers are shared for the same reason.
-    """
-    first = candidates[list(CANDIDATES).index("ir_k3_se_hs")]           # it has every layer
-    for candidate in candidates:
-        for name, layer in candidate.named_children():
-            if isinstance(layer, nn.Conv2d):
-                weight = first.get_submodule(name).weight
-                margin = (layer.kernel_size[0] - weight.shape[-1]) // 2
-                layer.weight.copy_(F.pad(weight, (margin,) * 4))
 
 
 def step_sampled(optimizer, alphas):

@@ -34,7 +34,8 @@ import search
 from derive import arch_of, derive, inherit
 from grow import grow
 from network import Network
-from space import SPACES, round8
+from ops import ACTIVATIONS, conv
+from space import CANDIDATES, SPACES, round8
 from supernet import SuperNet, require_grad
 
 IMAGENET_100 = 130_000              # about 1,300 images a class
@@ -66,12 +67,13 @@ def all_paths(net, x):
     for mixed in net.blocks:
         block, alphas, y = mixed.block, mixed.alphas, 0
         hidden = [round8(e * x.shape[1]) for e in block.expansions]
-        for gate, c in zip(F.softmax(alphas["op"], 0), mixed.candidates):
-            h = x if c.expand is None else c.act(c.norm1(c.expand(x)))
-            h = c.act(c.norm2(c.depthwise(h)))
+        for gate, (kernel, se, activation) in zip(F.softmax(alphas["op"], 0), CANDIDATES.values()):
+            c, act = mixed.layers, ACTIVATIONS[activation]
+            h = x if c.expand is None else act(c.norm1(c.expand(x)))
+            h = act(c.norm2(conv(h, c.depthwise, h.shape[1], kernel=kernel)))
             if len(hidden) > 1:
                 h = h * soft_mask(hidden, alphas["expansion"])
-            if c.squeeze is not None:
+            if se:
                 h = h * F.hardsigmoid(c.excite(F.relu(c.squeeze(h.mean((2, 3), keepdim=True)))))
             y = y + gate * c.norm3(c.project(h))
         if block.residual:

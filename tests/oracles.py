@@ -143,15 +143,21 @@ def macs(arch):
 
 @torch.no_grad()
 def corner(mine, source):
-    """Copy into `mine` the leading corner of every tensor of the layer `source`; returns `mine`."""
+    """Copy into `mine` the leading corner of every tensor of the layer `source`; returns `mine`.
+
+    Of a 5x5 kernel it is the taps 1, 2 and 3 each way, if `mine` has a 3x3 one.
+    """
     mine.to(source.weight)
     for name, tensor in mine.named_parameters():
-        tensor.copy_(getattr(source, name)[tuple(slice(n) for n in tensor.shape)])
+        theirs = getattr(source, name)
+        if tensor.dim() == 4 and tensor.shape[2:] == (3, 3) and theirs.shape[2:] == (5, 5):
+            theirs = theirs[:, :, 1:4, 1:4]
+        tensor.copy_(theirs[tuple(slice(n) for n in tensor.shape)])
     return mine
 
 
 def plain_candidate(source, op, inputs, hidden, outputs, stride, expand):
-    """A candidate of Table 2 as textbook layers in train mode, with corners of the weights of `source`."""
+    """A candidate of Table 2 as textbook layers in train mode, with corners of a block's layers `source`."""
     k, act = kernel(op), nn.Hardswish if op.endswith("_hs") else nn.ReLU
     layers = []
     if expand:
@@ -194,7 +200,7 @@ def plain_network(net, options):
     width = space.stem
     for b, mixed, (op, expansion, out) in zip(space.blocks, net.blocks, options, strict=True):
         hidden, outputs = hidden_width(b, expansion, width), b.widths[out]
-        body = plain_candidate(mixed.candidates[op], OPS[op], width, hidden, outputs, b.stride, b.expand)
+        body = plain_candidate(mixed.layers, OPS[op], width, hidden, outputs, b.stride, b.expand)
         layers.append(Residual(body) if b.residual else body)
         width = outputs
     layers += [corner(nn.Conv2d(width, space.head, 1, bias=False), net.head),
@@ -212,12 +218,19 @@ def soft_mask(widths, gates, size):
 
 
 def masked_candidate(c, op, x, hidden, squeezed):
-    """A candidate at its full width, with masks (1, C, 1, 1) behind batch norm and activation."""
+    """A candidate at its full width, with masks (1, C, 1, 1) behind batch norm and activation.
+
+    A 3x3 kernel is the 5x5 one without its ring: all else of it is multiplied by zero.
+    """
     act = F.hardswish if op.endswith("_hs") else F.relu
     if c.expand is not None:
         x = act(c.norm1(c.expand(x)))
-    x = act(c.norm2(c.depthwise(x))) * hidden
-    if c.squeeze is not None:
+    taps = torch.ones(5, 5).to(x)
+    if kernel(op) == 3:
+        taps[[0, -1]] = taps[:, [0, -1]] = 0
+    x = F.conv2d(x, c.depthwise.weight * taps, None, c.depthwise.stride, 2, 1, c.depthwise.groups)
+    x = act(c.norm2(x)) * hidden
+    if "se" in op.split("_"):
         s = F.relu(c.squeeze(x.mean((2, 3), keepdim=True))) * squeezed
         x = x * F.hardsigmoid(c.excite(s))
     return c.norm3(c.project(x))
@@ -231,13 +244,13 @@ def masked_supernet(net, x, path):
     """
     x, before = F.hardswish(net.stem_norm(net.stem(x))), [(net.space.stem, torch.ones(()))]
     for b, mixed, draws in zip(net.space.blocks, net.blocks, path, strict=True):
-        size, hidden, squeezed = mixed.candidates[0].depthwise.out_channels, 0, 0
+        size, hidden, squeezed = mixed.layers.depthwise.out_channels, 0, 0
         for (width, p), (expansion, q) in itertools.product(before, [*zip(*draws["expansion"])]):
             channels = hidden_width(b, expansion, width)
             hidden = hidden + soft_mask([channels], [p * q], size)
             squeezed = squeezed + soft_mask([near8(channels / 4)], [p * q], near8(size / 4))
         widths = [b.widths[w] for w in draws["width"].options]
-        y = sum(gate * masked_candidate(mixed.candidates[op], OPS[op], x, hidden, squeezed)
+        y = sum(gate * masked_candidate(mixed.layers, OPS[op], x, hidden, squeezed)
                 for op, gate in zip(draws["op"].options, draws["op"].gates, strict=True))
         if b.residual:
             y = y + fit(x, b.widths[-1])

@@ -8,7 +8,6 @@ are built on the device "meta", which computes shapes alone.
 """
 from machinery import flags
 
-import functools
 import itertools
 import math
 import random
@@ -22,7 +21,7 @@ from torchvision.models import mobilenet_v2, mobilenet_v3_large, mobilenet_v3_sm
 
 import derive
 import flops
-from ops import InvertedResidual
+from network import InvertedResidual
 from space import CANDIDATES, SPACES, Arch, ArchBlock, Block, Space, round8
 
 STAGES = [pytest.param(space, *flops.IMAGES[name], id=f"{name} A{space.stage}")
@@ -84,9 +83,7 @@ def test_candidate(op, pixels, stride, expand):
     for inputs, hidden, outputs in ((8, 8, 12), (24, 72, 40)):  # of 8 channels a quarter is 2, and so 8
         hidden = hidden if expand else inputs
         with torch.device("meta"):
-            module = InvertedResidual(op, inputs, hidden, outputs, stride, expand)
-            module.forward = functools.partial(module.forward, hidden=(hidden,), gates=torch.ones(1),
-                                               outputs=outputs)
+            module = InvertedResidual(ArchBlock(op, hidden, outputs, stride, False, expand), inputs)
         found = flops.candidate(op, inputs, hidden, outputs, expand, stride, pixels)
         assert sum(layer.macs() for layer in found) == counter(module, inputs, pixels)[0]
         assert sum(layer.params() for layer in found) == numel(module)

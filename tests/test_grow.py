@@ -117,7 +117,7 @@ def test_naive_growth_does_not_preserve_the_function():
         for op in range(8):
             before = old(x, old.path([(op, -1, -1)] * len(old.blocks)))
             assert apart(new(x, new.path([(op, -1, -1)] * len(new.blocks))), before) > 0.02
-        kept = [(before.candidates, after.candidates) for before, after in counterparts(old, new) if before]
+        kept = [(before.layers, after.layers) for before, after in counterparts(old, new) if before]
         for before, after in (*kept, *((getattr(old, layer), getattr(new, layer)) for layer in ENDS)):
             found = after.state_dict()                                  # old weights are in the old places
             for name, tensor in before.state_dict().items():
@@ -178,21 +178,21 @@ def test_a_new_block_learns_from_the_first_step(op):
             one = {name: Draw((i,), torch.ones(1)) for name, i in zip(CHOICES, (op, -1, -1))}
             y, _ = block(x, ((x.shape[1],), torch.ones(1)), one)
             (y * torch.randn(y.shape, generator=seeded(8))).sum().backward()
-            grad = block.candidates[op].norm3.weight.grad
-            assert (grad != 0).all() and block.candidates[op].norm3.weight.count_nonzero() == 0
+            scale = block.layers.norm3.weight
+            assert (scale.grad != 0).all() and scale.count_nonzero() == 0
 
 
 def test_a_new_block_has_identity_kernels():
     """As the paper says: without what lies between them, they map every channel to itself."""
     old, new = small()[2]
     for before, after in counterparts(old, new):
-        for c in after.candidates if before is None else ():
+        if before is None:
+            c = after.layers
             expand, project = c.expand.weight[:, :, 0, 0], c.project.weight[:, :, 0, 0]
             assert set(expand.flatten().tolist()) == {0, 1} and (expand.sum(1) == 1).all()
             assert_close(project @ expand, torch.eye(after.block.widths[-1]))
             assert (project.count_nonzero(0) == 1).all()                # Eq. 3: every copy has its share
-            k = c.depthwise.kernel_size[0]
-            centre = nn.functional.pad(torch.ones(1, 1), (k // 2,) * 4)
+            centre = nn.functional.pad(torch.ones(1, 1), (2,) * 4)
             assert torch.equal(c.depthwise.weight, centre.expand_as(c.depthwise.weight))
 
 
@@ -263,27 +263,26 @@ def test_one_map_serves_all_that_carry_a_channel():
     f_in, rows, wider = torch.arange(16), {}, 0
     for before, after in counterparts(old, new):
         f_row = rows.get(after.block.row)
-        if f_row is None:                                               # from the first candidate of the row
-            f_row = sources(before.candidates[0].norm3.bias, after.candidates[0].norm3.bias)
+        if f_row is None:                                               # from the first block of the row
+            f_row = sources(before.layers.norm3.bias, after.layers.norm3.bias)
             rows[after.block.row] = f_row
         if before is None:
             f_in = f_row
             continue
-        for a, b in zip(before.candidates, after.candidates, strict=True):
-            f = f_in if a.expand is None else sources(a.norm1.bias, b.norm1.bias)
-            if a.expand is not None:
-                shared(b.expand.weight, a.expand.weight, f, f_in)
-            for mine, theirs, g in ((b.norm1, a.norm1, f), (b.norm2, a.norm2, f), (b.norm3, a.norm3, f_row)):
-                for what in ("weight", "bias") if mine is not None else ():
-                    assert torch.equal(getattr(mine, what), getattr(theirs, what)[g])
-            assert torch.equal(b.depthwise.weight, a.depthwise.weight[f])
-            if a.squeeze is not None:
-                f_squeeze = sources(a.squeeze.bias, b.squeeze.bias)
-                shared(b.squeeze.weight, a.squeeze.weight, f_squeeze, f)
-                shared(b.excite.weight, a.excite.weight, f, f_squeeze)
-                assert torch.equal(b.excite.bias, a.excite.bias[f])
-            shared(b.project.weight, a.project.weight, f_row, f)
-            wider += len(f) - len(a.norm2.weight)
+        a, b = before.layers, after.layers
+        f = f_in if a.expand is None else sources(a.norm1.bias, b.norm1.bias)
+        if a.expand is not None:
+            shared(b.expand.weight, a.expand.weight, f, f_in)
+        for mine, theirs, g in ((b.norm1, a.norm1, f), (b.norm2, a.norm2, f), (b.norm3, a.norm3, f_row)):
+            for what in ("weight", "bias") if mine is not None else ():
+                assert torch.equal(getattr(mine, what), getattr(theirs, what)[g])
+        assert torch.equal(b.depthwise.weight, a.depthwise.weight[f])
+        f_squeeze = sources(a.squeeze.bias, b.squeeze.bias)
+        shared(b.squeeze.weight, a.squeeze.weight, f_squeeze, f)
+        shared(b.excite.weight, a.excite.weight, f, f_squeeze)
+        assert torch.equal(b.excite.bias, a.excite.bias[f])
+        shared(b.project.weight, a.project.weight, f_row, f)
+        wider += len(f) - len(a.norm2.weight)
         f_in = f_row
     shared(new.head.weight, old.head.weight, torch.arange(256), f_in)
     assert wider > 0 and any(len(f) > len(set(f.tolist())) for f in rows.values())
@@ -293,12 +292,12 @@ def test_one_map_serves_all_that_carry_a_channel():
 
 
 @torch.no_grad()
-def test_copies_are_drawn_anew_for_every_candidate():
-    """Eq. 1 draws one map for each set of channels; the hidden channels of two candidates are two sets."""
-    old, new = small()[2]
-    maps = [tuple(sources(a.norm1.bias, b.norm1.bias).tolist())
-            for a, b in zip(old.blocks[-1].candidates, new.blocks[-2].candidates)]
-    assert len(maps[0]) > len(old.blocks[-1].candidates[0].norm1.bias) and len(set(maps)) == 8
+def test_copies_are_drawn_anew_for_every_set_of_channels():
+    """Eq. 1 draws one map for each; the hidden channels of two blocks are two sets, also in one row."""
+    old, new = small()[3]
+    one, other = (sources(a.layers.norm1.bias, b.layers.norm1.bias).tolist()
+                  for a, b in counterparts(old, new) if a is not None and a.block[:2] in ((3, 1), (3, 2)))
+    assert len(one) == len(other) and one != other
 
 
 def train(net, steps=10):
@@ -311,10 +310,10 @@ def train(net, steps=10):
         sgd.step()
 
 
-def twins(candidate):
+def twins(layers):
     """The share of hidden channels that do the same as another one, up to their size: cosines above 0.99."""
-    c, same = candidate, 1
-    for weight in (c.expand.weight, c.depthwise.weight, c.project.weight.transpose(0, 1)):
+    same = 1
+    for weight in (layers.expand.weight, layers.depthwise.weight, layers.project.weight.transpose(0, 1)):
         unit = nn.functional.normalize(weight.detach().flatten(1), dim=1)
         same = same * (unit @ unit.T > 0.99)
     return float((same.sum(1) > 1).float().mean())
@@ -327,7 +326,7 @@ def test_uneven_shares_part_the_copies_and_equal_ones_do_not():
     for widen in ("eq3", "split"):
         new = grow(old, SPACES["small"][1], seeded(), widen)
         train(new)
-        share[widen] = twins(new.blocks[-1].candidates[0])
+        share[widen] = twins(new.blocks[-1].layers)
     hidden, before = (net.blocks[-1].block.hidden(net.blocks[-2].block.widths[-1], -1) for net in (new, old))
     assert share["eq3"] == pytest.approx(2 * (hidden - before) / hidden) and share["split"] < 0.05
 
@@ -336,12 +335,11 @@ def test_uneven_shares_part_the_copies_and_equal_ones_do_not():
 def test_consumers_ignore_new_channels_after_zero_widening():
     for old, new in small("zero"):
         for before, after in counterparts(old, new):
-            for a, b in zip(before.candidates, after.candidates) if before is not None else ():
-                for name in ("expand", "squeeze", "excite", "project"):
-                    if getattr(a, name) is not None:
-                        was, now = getattr(a, name).weight, getattr(b, name).weight
-                        o, i = was.shape[:2]
-                        assert torch.equal(now[:o, :i], was) and not now[:, i:].any()
+            for name in ("expand", "squeeze", "excite", "project") if before is not None else ():
+                was, now = (getattr(block.layers, name) for block in (before, after))
+                if was is not None:
+                    o, i = was.weight.shape[:2]
+                    assert torch.equal(now.weight[:o, :i], was.weight) and not now.weight[:, i:].any()
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
-"""The eight candidates (Table 2): expand, depthwise, squeeze-excite or not, project, at any prefix width.
+"""The eight candidates (Table 2): expand, depthwise, squeeze-excite or not, project, at any prefix width, and
+with one set of weights.
 
 The oracle is a plain nn.Sequential of nn.Conv2d, nn.BatchNorm2d and torchvision's SqueezeExcitation, built
 at the narrow width from the leading corner of every weight. For masks: all channels, then multiplied.
@@ -7,6 +8,7 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracles import (
     OPS,
     fit,
@@ -29,10 +31,9 @@ WIDE = (16, 48, 24)                                                     # inputs
 NARROW = (WIDE, (8, 48, 24), (16, 24, 24), (16, 48, 8), (8, 8, 8), (12, 40, 20))
 
 
-def candidate(op, stride=1, expand=True, wide=WIDE):
+def layers(stride=1, expand=True, wide=WIDE):
     inputs, hidden, outputs = wide
-    made = InvertedResidual(op, inputs, hidden if expand else inputs, outputs, stride, expand)
-    return stir(made.double(), OPS.index(op))
+    return stir(InvertedResidual(inputs, hidden if expand else inputs, outputs, stride, expand).double())
 
 
 def image(channels, size=5, seed=1):
@@ -50,56 +51,69 @@ def test_a_candidate_at_any_prefix_width_is_a_plain_one_with_sliced_weights(op):
     for stride, expand in itertools.product((1, 2), (True, False)):
         for inputs, hidden, outputs in NARROW:
             hidden = hidden if expand else inputs
-            wide = candidate(op, stride, expand)
+            wide = layers(stride, expand)
             plain = plain_candidate(wide, op, inputs, hidden, outputs, stride, expand)
             x = image(inputs)
-            found = wide(x, (hidden,), torch.ones(1), outputs)
+            found, = wide(x, [op], (hidden,), torch.ones(1), outputs)
             assert found.shape == (3, outputs, pixels(5, kernel(op), stride), pixels(5, kernel(op), stride))
             assert_close(found, plain(x), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_gradients_of_a_narrow_candidate_stay_in_the_prefix(op):
-    wide, x = candidate(op), image(8).requires_grad_()
+    wide, x = layers(), image(8).requires_grad_()
     plain, z = plain_candidate(wide, op, 8, 24, 16, 1, True), x.detach().clone().requires_grad_()
-    wide(x, (24,), torch.ones(1), 16).square().sum().backward()
+    wide(x, [op], (24,), torch.ones(1), 16)[0].square().sum().backward()
     plain(z).square().sum().backward()
     assert_close(x.grad, z.grad, rtol=1e-9, atol=1e-9)
-    mine, theirs = [p.grad for p in wide.parameters()], [p.grad for p in plain.parameters()]
+    mine = [p.grad for name, p in wide.named_parameters()
+            if "_se" in op or name.split(".")[0] not in ("squeeze", "excite")]
+    theirs = [p.grad for p in plain.parameters()]
     for found, small in zip(mine, theirs, strict=True):                 # both in the order of computation
-        corner = tuple(slice(n) for n in small.shape)
-        assert_close(found[corner], small, rtol=1e-9, atol=1e-9)
+        corner = [slice(n) for n in small.shape]
+        if small.shape[2:] == (3, 3):                                   # the middle of the 5x5 kernel
+            corner[2:] = [slice(1, 4)] * 2
+        assert_close(found[tuple(corner)], small, rtol=1e-9, atol=1e-9)
         rest = found.clone()
-        rest[corner] = 0
+        rest[tuple(corner)] = 0
         assert not rest.any()
+    assert "_se" in op or wide.squeeze.weight.grad is wide.excite.bias.grad is None    # SGD leaves them alone
+
+
+@torch.no_grad()
+def test_candidates_that_are_computed_together_are_those_computed_alone():
+    """None of them changes what they share: neither in any order nor twice."""
+    for expand in (True, False):
+        wide, x = layers(expand=expand), image(16)
+        gates = torch.tensor([0.3, 0.7], dtype=torch.float64)
+        alone = {op: wide(x, [op], (16, 8), gates, 24)[0] for op in OPS}
+        for pair in itertools.product(OPS, OPS):
+            for op, y in zip(pair, wide(x, pair, (16, 8), gates, 24), strict=True):
+                assert torch.equal(y, alone[op])
+        assert all(not torch.equal(alone[a], alone[b]) for a, b in itertools.combinations(OPS, 2))
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_hidden_widths_are_one_soft_mask_behind_batch_norm_and_activation(op):
     for widths in ((8, 48), (24, 40), (24, 24), (8, 16), (8, 24, 16, 40)):  # of 8 and 16 both squeeze to 8
         for stride in (1, 2):
-            wide, x = candidate(op, stride), image(16)
+            wide, x = layers(stride), image(16)
             gates = torch.arange(1, 1 + len(widths), dtype=torch.float64).softmax(0)
-            found = wide(x, widths, gates, 24)
+            found, = wide(x, [op], widths, gates, 24)
             hidden, squeezed = (soft_mask(sizes, gates, size) for sizes, size in (
                 (widths, 48), ([near8(width / 4) for width in widths], 16)))
             assert_close(found, masked_candidate(wide, op, x, hidden, squeezed), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_the_weights_have_the_papers_shapes(op):
-    c = InvertedResidual(op, 16, 48, 24, 2)
-    k = kernel(op)
+def test_the_weights_have_the_papers_shapes():
+    c = InvertedResidual(16, 48, 24, 2)
     assert c.expand.weight.shape == (48, 16, 1, 1) and c.project.weight.shape == (24, 48, 1, 1)
-    assert c.depthwise.weight.shape == (48, 1, k, k) and c.depthwise.stride == (2, 2)
+    assert c.depthwise.weight.shape == (48, 1, 5, 5) and c.depthwise.stride == (2, 2)
     assert c.expand.bias is c.depthwise.bias is c.project.bias is None
     assert [len(n.weight) for n in (c.norm1, c.norm2, c.norm3)] == [48, 48, 24]
-    if "_se" in op:                                                     # a quarter of 48 is 12, rounded to 16
-        assert c.squeeze.weight.shape == (16, 48, 1, 1) and c.excite.weight.shape == (48, 16, 1, 1)
-        assert c.squeeze.bias is not None and c.excite.bias is not None
-    else:
-        assert c.squeeze is c.excite is None
-    assert InvertedResidual(op, 16, 16, 24, expand=False).expand is None
+    assert c.squeeze.weight.shape == (16, 48, 1, 1) and c.excite.weight.shape == (48, 16, 1, 1)
+    assert c.squeeze.bias is not None and c.excite.bias is not None     # a quarter of 48 is 12, rounded to 16
+    assert InvertedResidual(16, 16, 24, expand=False).expand is None
 
 
 @pytest.mark.parametrize("layer, inputs, outputs", [
@@ -108,6 +122,9 @@ def test_the_weights_have_the_papers_shapes(op):
 def test_a_convolution_is_the_prefix_of_the_whole_one(layer, inputs, outputs):
     layer, x = stir(layer.double()), image(inputs)
     assert_close(conv(x, layer, outputs), layer(fit(x, 6))[:, :outputs], rtol=1e-9, atol=1e-9)
+    if layer.kernel_size == (5, 5):
+        small = F.conv2d(x, layer.weight[:outputs, :, 1:4, 1:4], None, 2, 1, groups=outputs)
+        assert_close(conv(x, layer, outputs, kernel=3), small, rtol=1e-9, atol=1e-9)
     if layer.kernel_size == (1, 1):                                     # the consumers of masked channels
         scale = torch.linspace(0, 2, inputs, dtype=torch.float64)
         full = layer(fit(x * scale.view(1, -1, 1, 1), 6))[:, :outputs]

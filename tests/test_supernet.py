@@ -111,8 +111,7 @@ def test_a_narrow_input_makes_a_narrow_hidden_layer():
     one = torch.ones(1)
     before, _ = net.blocks[1](x, ((8,), one), path)
     with torch.no_grad():
-        for c in net.blocks[1].candidates:
-            c.depthwise.weight[24:].fill_(float("nan"))
+        net.blocks[1].layers.depthwise.weight[24:].fill_(float("nan"))
     assert torch.equal(net.blocks[1](x, ((8,), one), path)[0], before)
     assert net.blocks[1](images(2, 16, 8), ((16,), one), path)[0].isnan().all()
 
@@ -227,15 +226,15 @@ def test_a_path_of_choices_has_one_option_of_weight_1_each():
 
 def sampled(net, path):
     """The names of all weights on the path."""
-    on = {f"blocks.{n}.candidates.{op}." for n, draws in enumerate(path) for op in draws["op"].options}
-    return {name for name in net.state_dict()
-            if not name.startswith("blocks.") or any(name.startswith(prefix) for prefix in on)}
+    off = tuple(f"blocks.{n}.layers.{layer}." for n, draws in enumerate(path)
+                if not any("_se" in OPS[op] for op in draws["op"].options) for layer in ("squeeze", "excite"))
+    return {name for name in net.state_dict() if ".alphas." not in name and not name.startswith(off)}
 
 
 @pytest.mark.parametrize("teacher", [None, torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 10))],
                          ids=["A0", "taught"])
 def test_a_weight_step_moves_what_it_sampled_and_nothing_else(teacher):
-    net, y = small(1).train(), torch.arange(4)
+    net, y, idle = small(1).train(), torch.arange(4), 0
     require_grad(net.alphas(), False)
     sgd, _ = optimizers(net, SETTINGS)
     for step in range(4):                                            # after the first, there is momentum
@@ -246,8 +245,10 @@ def test_a_weight_step_moves_what_it_sampled_and_nothing_else(teacher):
         sgd.step()
         moved = {name for name, now in net.state_dict().items() if not torch.equal(now, before[name])}
         assert moved == wanted
+        idle += len(net.weights()) - len(wanted)
         assert all(a.grad is None for a in net.alphas())                # no gradient of a frozen parameter
         assert teacher is None or all(p.grad is None for p in teacher.parameters())
+    assert idle                                         # squeeze and excite of two candidates without them
 
 
 def active(net, path):
@@ -269,7 +270,7 @@ def test_an_alpha_step_has_a_gradient_for_the_sampled_options_alone():
     require_grad(net.weights(), False)
     for step in range(4):
         net.zero_grad()
-        backward(net, None, (images(4, 1, 16, step), y), (step,), 1.0, 0.0, 1)
+        backward(net, None, (images(4, 1, 28, step), y), (step,), 1.0, 0.0, 1)
         path = net.sample(1.0, data.generator(step))
         for alpha, (drawn, moving) in zip(net.alphas(), active(net, path), strict=True):
             others = [o for o in range(len(alpha)) if o not in drawn]
@@ -286,7 +287,7 @@ def test_an_alpha_step_moves_the_sampled_options_alone_whatever_their_momentum()
         weights = {name: p.detach().clone() for name, p in net.named_parameters() if ".alphas." not in name}
         wanted = active(net, net.sample(1.0, data.generator(step, 1)))
         adam.zero_grad()
-        backward(net, None, (images(4, 1, 16, step), y), (step, 1), 1.0, 0.0, 1)
+        backward(net, None, (images(4, 1, 28, step), y), (step, 1), 1.0, 0.0, 1)
         step_sampled(adam, net.alphas())
         now = dict(net.named_parameters())
         assert all(torch.equal(now[name], p) for name, p in weights.items())
@@ -297,22 +298,24 @@ def test_an_alpha_step_moves_the_sampled_options_alone_whatever_their_momentum()
     assert stale > 20                                             # momentum that Adam alone would have used
 
 
-def test_the_candidates_of_a_block_begin_alike():
-    net, x = SuperNet(SPACES["small"][4], 1, 10, seeded()), images(4, 1, 28)
-    for block in net.blocks:
-        for c, d in itertools.combinations(block.candidates, 2):
-            for name in ("expand", "squeeze", "excite", "project"):
-                one, other = getattr(c, name), getattr(d, name)
-                assert one is None or other is None or torch.equal(one.weight, other.weight)
-            small, large = sorted((c.depthwise.weight, d.depthwise.weight), key=torch.numel)
-            ring = (large.shape[-1] - small.shape[-1]) // 2
-            assert torch.equal(large, torch.nn.functional.pad(small, (ring,) * 4))
-    drawn = [c.depthwise.weight.flatten()[:72] for c in (block.candidates[0] for block in net.blocks)]
-    assert all(not torch.equal(one, other) for one, other in itertools.combinations(drawn, 2))
-    logits = [net(x, net.path([(op, -1, -1)] * len(net.blocks))) for op in range(8)]
-    for op in range(0, 8, 2):                                           # Table 2: with 3x3, with 5x5 kernels
-        assert_close(logits[op], logits[op + 1], rtol=1e-3, atol=1e-4)
-        assert not any(torch.allclose(logits[op], other, atol=1e-2) for other in logits[op + 2:])
+def test_the_candidates_of_a_block_share_their_weights():
+    """One step of one candidate moves all of them; a 3x3 kernel leaves the ring of the 5x5 one alone."""
+    net, x = small(space=TINY), images(4, 1, 16)
+    assert sum(p.numel() for name, p in net.named_parameters() if "depthwise" in name) == 25 * (8 + 48 + 64)
+
+    def logits():
+        with torch.no_grad():
+            return [net(x, net.path([(op, -1, -1)] * 3)) for op in range(8)]
+    for op in range(8):
+        before, kernels = logits(), [block.layers.depthwise.weight.detach().clone() for block in net.blocks]
+        sgd = torch.optim.SGD(net.weights(), 0.01)
+        net(x, net.path([(op, -1, -1)] * 3)).square().sum().backward()
+        sgd.step()
+        sgd.zero_grad()
+        assert not any(torch.equal(one, other) for one, other in zip(before, logits(), strict=True))
+        for block, old in zip(net.blocks, kernels, strict=True):
+            moved = (block.layers.depthwise.weight != old).any(0)[0]
+            assert moved[1:4, 1:4].all() and moved.sum() == (9 if "_k3" in OPS[op] else 25)
 
 
 def test_logged_probabilities_are_the_softmax_of_the_logits():
@@ -322,10 +325,3 @@ def test_logged_probabilities_are_the_softmax_of_the_logits():
         for name, values in found.items():
             e = block.alphas[name].detach().exp()
             assert values == pytest.approx((e / e.sum()).tolist(), abs=6e-5)
-
-
-def test_operations_are_table_2s_in_order():
-    net = small(space=TINY)
-    for block in net.blocks:
-        for op, c in zip(OPS, block.candidates, strict=True):
-            assert c.depthwise.kernel_size[0] == int(op[4]) and (c.squeeze is not None) == ("_se" in op)
