@@ -298,7 +298,7 @@ FILES = [
     ("plot", "run", "trained.json", text("[3]"), "trained.json is not what a run writes"),
     ("plot", "run", "args.json", text("[3]"), "args.json is not what a run writes"),
     ("plot", "run", "A1.json", block(op="conv"), "A1.json is not what a run writes"),
-    ("plot", "run", "log.jsonl", text('{"stage": 0, "st'), "log.jsonl is not JSON"),
+    ("plot", "run", "log.jsonl", text('{"stage": 0, "st'), "log.jsonl is not what a run writes"),
     ("plot", "run", "log.jsonl", ops(0.5, 0.6), "are not probabilities"),
     ("plot", "run", "log.jsonl", ops(0.5, 0.5), "not 8 operations"),
     ("search", "--out new", IMAGES, cut, "train-images-idx3-ubyte.gz: a broken gzip file"),
