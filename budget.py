@@ -205,13 +205,14 @@ def alternatives(log_p, table, budget, count):
     list at this penalty has networks on both sides of the budget, and grows until enough lie within.
     """
     first = spend(log_p, table, budget)
+    least = min(0.95 * budget, first.cost)                               # what is left over buys nothing
     free = viterbi(log_p, table, 0.0).cost
     low = -1e3 / budget if free < first.cost else 0.0                    # the first was rewarded for its cost
     penalty = 0.0 if free == first.cost else bisect(log_p, table, budget, low)[0]
     found, length = [], 4 * count
     while len(found) < count:
         listed = viterbi_list(log_p, table, penalty, length)
-        others = [s for s in listed if s.cost <= budget and s.options != first.options]
+        others = [s for s in listed if least <= s.cost <= budget and s.options != first.options]
         found = [first, *others][:count]
         if len(listed) < length or length >= 1024:                         # there are no more, or too many
             break

@@ -24,7 +24,7 @@ import data
 from budget import alternatives, choose_stage, spend, viterbi
 from flops import Layer, bounds, costs, each, macs, params
 from network import Network
-from space import CANDIDATES, SPACES, Arch, ArchBlock, round8
+from space import CANDIDATES, SPACES, round8
 from supernet import CHOICES, SuperNet
 
 RECALIBRATION = 32              # training batches that measure a derived network's batch-norm statistics
@@ -49,13 +49,7 @@ def space_costs(supernet, cost=Layer.macs):
 
 def arch_of(supernet, options):
     """The `Arch` of one option a choice: for each block (operation, expansion, width) as indices."""
-    space, blocks, width = supernet.space, [], supernet.space.stem
-    for block, (op, expansion, chosen) in zip(space.blocks, options, strict=True):
-        blocks.append(ArchBlock(list(CANDIDATES)[op], block.hidden(width, expansion), block.widths[chosen],
-                                block.stride, block.residual, block.expand))
-        width = block.widths[chosen]
-    return Arch(space.name, space.stage, space.resolution, supernet.stem.in_channels,
-                supernet.classifier.out_features, space.stem, space.head, tuple(blocks))
+    return supernet.space.arch(options, supernet.stem.in_channels, supernet.classifier.out_features)
 
 
 def derive(supernet, flops=None):
@@ -165,6 +159,8 @@ def open_supernet(run, stage):
         supernet = SuperNet(space, arch.in_channels, arch.classes)
     try:
         supernet.load_state_dict(files.load_checkpoint(weights), assign=True)
+        if not all(alpha.isfinite().all() for alpha in supernet.alphas()):
+            raise RuntimeError("its alphas are not finite")
     except RuntimeError as error:
         why = " ".join(str(error).split()[:12])
         raise Refused(f"{weights} is not the supernet of {file.name} ({why} ..)") from None
@@ -209,6 +205,8 @@ def main(argv=None):
         name, arch = under_budget(args, supernets, accuracy)
         text = arch.to_json()
     path = args.out or args.run / f"{name}.json"
+    if args.out and path.exists():
+        raise Refused(f"--out {path} is there already: name another file")
     files.write(path, text)
     print(f"written: {path}")
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from space import CANDIDATES, SPACES, Arch, ArchBlock
+from space import CANDIDATES, SPACES
 
 # Table 4's total: 456 GPU hours took 135.96 kWh. Its rows differ from this factor by up to 0.3 %.
 KWH_PER_GPU_HOUR = 135.96 / 456
@@ -195,13 +195,9 @@ def networks(space):
 
 def middle(space, in_channels, classes):
     """The `Arch` of every range's middle option (the upper of two), with ir_k3_se_hs everywhere."""
-    blocks, width = [], space.stem
-    for b in space.blocks:
-        hidden, out = b.hidden(width, len(b.expansions) // 2), b.widths[len(b.widths) // 2]
-        blocks.append(ArchBlock("ir_k3_se_hs", hidden, out, b.stride, b.residual, b.expand))
-        width = out
-    return Arch(space.name, space.stage, space.resolution, in_channels, classes, space.stem, space.head,
-                tuple(blocks))
+    op = list(CANDIDATES).index("ir_k3_se_hs")
+    options = [(op, len(b.expansions) // 2, len(b.widths) // 2) for b in space.blocks]
+    return space.arch(options, in_channels, classes)
 
 
 def targets(name, channels, pixels, classes):

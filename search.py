@@ -11,6 +11,7 @@ from machinery.run import Run
 import argparse
 import contextlib
 import json
+import math
 import sys
 import time
 
@@ -23,7 +24,7 @@ import plot
 from derive import derive, evaluate_derived, open_supernet, scale
 from grow import describe, grow
 from network import Network
-from space import SPACES, Arch
+from space import SPACES
 from supernet import SuperNet, require_grad, step_sampled, temperature
 from train import learning_rate
 
@@ -69,19 +70,19 @@ def train_stage(supernet, teacher, loader, parts, args, run):
     for step in run.steps(steps, epoch_length, f"A{stage}", args.checkpoint_every):
         tau = temperature(step / steps)
         lam = distill.ratio(step / steps) if teacher else 0.0
-        paths, how = (args.seed, stage, PATHS, step), (tau, lam, args.accumulate)
+        seed = args.seed, stage, PATHS, step
         sgd.param_groups[0]["lr"] = learning_rate(args.lr, step, steps)
 
         require_grad(weights, True), require_grad(alphas, False)
         sgd.zero_grad()                                # to None: SGD leaves alone what is not sampled
-        metrics = backward(supernet, teacher, next(w_batches), (*paths, 0), *how)
+        metrics = backward(supernet, teacher, next(w_batches), (*seed, 0), tau, lam, args.accumulate)
         if run.synchronise(weights, metrics):
             sgd.step()
 
         if step % WEIGHTS_A_STEP == WEIGHTS_A_STEP - 1:
             require_grad(weights, False), require_grad(alphas, True)
             adam.zero_grad()
-            metrics = backward(supernet, teacher, next(alpha_batches), (*paths, 1), *how)
+            metrics = backward(supernet, teacher, next(alpha_batches), (*seed, 1), tau, lam, args.accumulate)
             if run.synchronise(alphas, metrics, "alpha_"):
                 step_sampled(adam, alphas)
 
@@ -135,9 +136,10 @@ def previous(args, out, loader, parts, run):
     stage = run.state["stage"] - 1
     if stage < 0 or args.method == "scaling":
         return None, None
-    supernet = open_supernet(out, stage).to(run.device)
-    arch = Arch.from_json((out / f"A{stage}.json").read_text())
-    network, _ = evaluate_derived(arch, supernet, loader, parts, args.seed, stage, WEIGHTS)
+    supernet, network = open_supernet(out, stage).to(run.device), None
+    if args.distill and args.teacher == "network":
+        arch = flags.read_arch(out / f"A{stage}.json")
+        network, _ = evaluate_derived(arch, supernet, loader, parts, args.seed, stage, WEIGHTS)
     return supernet, teacher_of(supernet, network, args)
 
 
@@ -174,7 +176,7 @@ def finish_stage(run, out, arch, accuracy, supernet=None):
 
 def scale_up(args, out, run):
     """Fig. 5's compound scaling: the networks of the later stages are A0's in larger widths and depths."""
-    base = Arch.from_json((out / "A0.json").read_text())
+    base = flags.read_arch(out / "A0.json")
     for stage in range(max(1, run.state["stage"]), args.stages):
         run.begin(stage)
         finish_stage(run, out, scale(base, stage, args.flops_target[stage]), None)
@@ -194,8 +196,9 @@ def dry_run(args, images, device):
         supernet = SuperNet(space, images.channels, images.classes).to(device)
         few = argparse.Namespace(**{**vars(args), "epochs": [10 / epoch_length] * 5})
         for _ in range(2):                          # to warm up, and to measure
-            clock = time.perf_counter()
-            train_stage(supernet, teacher, loader, parts, few, Run(None, {}, device))
+            clock, run = time.perf_counter(), Run(None, {}, device, most_skipped=math.inf)
+            with contextlib.redirect_stdout(None):
+                train_stage(supernet, teacher, loader, parts, few, run)
             seconds = (time.perf_counter() - clock) / 10
         cost = flops.energy(seconds * steps, device, processes.world_size())
         total = [a + b for a, b in zip(total, cost)]

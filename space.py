@@ -155,6 +155,15 @@ class Space(NamedTuple):
     head: int                 # channels of the 1x1 convolution at the end
     blocks: tuple
 
+    def arch(self, options, in_channels, classes):
+        """The `Arch` of one option a choice: for each block (operation, expansion, width) as indices."""
+        blocks, width = [], self.stem
+        for block, (op, expansion, chosen) in zip(self.blocks, options, strict=True):
+            op, hidden, width = list(CANDIDATES)[op], block.hidden(width, expansion), block.widths[chosen]
+            blocks.append(ArchBlock(op, hidden, width, block.stride, block.residual, block.expand))
+        return Arch(self.name, self.stage, self.resolution, in_channels, classes, self.stem, self.head,
+                    tuple(blocks))
+
 
 def round8(x):
     """The nearest multiple of 8 (halves up) and at least 8: the rule for hidden and squeeze widths."""
@@ -267,6 +276,7 @@ class Arch(NamedTuple):
         _need(isinstance(found["space"], str), f"space is {found['space']!r}, not a name")
         for key in ("stage", "resolution", "in_channels", "classes", "stem", "head"):
             _whole(found[key], {"stage": 0, "classes": 2}.get(key, 1), key)
+        _need(found["resolution"] <= 2 ** 16, f"resolution {found['resolution']} is beyond reason")
         _need(isinstance(found["blocks"], list) and found["blocks"],
               "blocks is not a list of at least one block")
         blocks, width = [], found["stem"]

@@ -167,8 +167,8 @@ def own_images(args, archs):
     """
     wanted, ran = flags.DATA | {"seed": args.seed}, {}
     if (args.run_folder / "args.json").exists():
-        ran = vars(flags.settings_of(args.run_folder))
-        if args.data in (None, ran["data"]):
+        ran = vars(flags.settings_of(args.run_folder, args.data))
+        if args.data in (None, ran["data"]) or not {args.data, ran["data"]} & set(data.NAMES):
             wanted |= {key: ran[key] for key in ("data", "classes", "skip_broken", "seed")}
     wanted |= {key: getattr(args, key) for key in flags.DATA if getattr(args, key) is not None}
     wanted["own"] = all(wanted[key] == ran.get(key) for key in ("data", "classes"))

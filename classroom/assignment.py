@@ -19,8 +19,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
-HANDED_OUT = ("*.py", "tests", "datasets", "README.md", ".pictures", "LICENSE", "requirements.txt",
-              ".pytest.ini", ".ruff.toml", ".gitignore")
+HANDED_OUT = ("*.py", "machinery", "tests", "datasets", "README.md", "PAPER.md", ".pictures", "LICENSE",
+              "requirements.txt", ".pytest.ini", ".ruff.toml", ".gitignore")
 CHAPTERS = {1: "A candidate, at any width (Table 2, channel masks)",
             2: "Two sampled paths (Architecture Space)",
             3: "SuperNet2SuperNet (Eqs. 1-3, Fig. 1)", 4: "Progressive SuperNet Distillation (Eq. 4)",
@@ -150,7 +150,8 @@ def grade(folder, task):
         return "not begun"
     with tempfile.TemporaryDirectory() as temporary:
         place, report = Path(temporary) / "graded", Path(temporary) / "report.xml"
-        shutil.copytree(ROOT / "tests", place / "tests")
+        for name in ("tests", "machinery"):
+            shutil.copytree(ROOT / name, place / name)
         shutil.copy(ROOT / ".pytest.ini", place)
         for path in folder.glob("*.py"):
             shutil.copy(path, place)

@@ -5,9 +5,11 @@ from machinery.files import Refused
 import argparse
 import contextlib
 import functools
+import io
 import itertools
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -49,20 +51,23 @@ def command(main):
 
     @functools.wraps(main)
     def run(argv=None):
+        sys.stderr = sys.stderr or io.StringIO()                # None if it was closed
         for stream in filter(None, (sys.stdout, sys.stderr)):   # names of folders need not be UTF-8
             with contextlib.suppress(AttributeError):
                 stream.reconfigure(errors="backslashreplace")
         try:
             with processes.process_group():
-                return main(argv)
+                main(argv)
+                print(end="", flush=True)
+            return
         except Refused as error:
             status, message = 2, str(error)
         except BrokenPipeError:                     # of `| head`: nobody reads on, and nothing is lost
             status, message = 1, "its output was closed"
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except OSError as error:
             where = error.filename or "its output"
-            status = 1
-            message = f"{where}: {error.strerror or error}; what was written before is whole"
+            status, message = 1, f"{where}: {error.strerror or error}; what was written before is whole"
         print(f"{script}: {message}", file=sys.stderr)
         raise SystemExit(status)
     return run
@@ -203,8 +208,11 @@ def kept(args):
 
 
 def same_run(args):
-    """Of `kept`, what must be the same when a run is gone on with."""
-    return {key: value for key, value in kept(args).items() if key not in FREE}
+    """Of `kept`, what must be the same when a run is gone on with. A folder of images may have moved: what is
+    in it must be the same, which `folder.record` looks at.
+    """
+    same = {key: value for key, value in kept(args).items() if key not in FREE}
+    return same | {"data": args.data if args.data in data.NAMES else "a folder"}
 
 
 def argv_of(settings):
@@ -223,10 +231,15 @@ def argv_of(settings):
     return argv
 
 
-def settings_of(run):
-    """The arguments of the search that left args.json in the folder `run`. Refused if they are not such."""
+def settings_of(run, moved=None, more=()):
+    """The arguments of the search that left args.json in the folder `run`. Refused if they are not such.
+
+    moved: where its folder of images lies now. more: a command line that may add to the run's own.
+    """
     file = run / "args.json"
     settings = files.read_json(file)
+    if moved not in (None, *data.NAMES) and settings.get("data") not in data.NAMES:
+        settings["data"] = moved
     try:
         args = completed(search_parser(None).parse_args(argv_of(settings)))
         for key, value in settings.items():
@@ -234,7 +247,7 @@ def settings_of(run):
                 raise Refused(f"{key} is {value!r}, not {getattr(args, key)!r}")
     except Refused as error:
         raise Refused(f"{file} is not what a run writes ({error})") from None
-    return args
+    return completed(search_parser(None).parse_args([*argv_of(settings), *more])) if more else args
 
 
 def completed(args):
@@ -265,12 +278,13 @@ def search_arguments(argv, description):
     if args.resume and args.out is None:
         raise Refused("--resume needs --out with the folder of a run")
     if args.resume and (args.out / "args.json").exists():
-        ran = settings_of(args.out)
-        args = completed(p.parse_args([*argv_of(files.read_json(args.out / "args.json")), *argv]))
-        for key, value in same_run(ran).items():
-            if getattr(args, key) != value:
-                raise Refused(f"--{key.replace('_', '-')} is {getattr(args, key)}, but the run in {args.out} "
-                              f"has {value}")
+        ran = same_run(settings_of(args.out, args.data))
+        args = settings_of(args.out, args.data, argv)
+        asked = same_run(args)
+        for key, value in ran.items():
+            if asked[key] != value:
+                raise Refused(f"--{key.replace('_', '-')} is {asked[key]}, but the run in {args.out} has "
+                              f"{value}")
     args = completed(args)
     batch_pieces(args)
     if args.out and args.out.is_dir() and not args.dry_run:

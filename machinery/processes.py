@@ -118,14 +118,6 @@ def all_reduce_sum(tensor):
     return tensor
 
 
-def broadcast(module):
-    """Give every process the buffers of rank 0's module, batch-norm statistics: they are of a shard each."""
-    if world_size() > 1:
-        with all_alive():
-            for tensor in module.buffers():
-                dist.broadcast(tensor, 0)
-
-
 def on_rank0(function, *arguments):
     """What `function(*arguments)` returns on rank 0, on all ranks; or what it refuses or exits with there."""
     if world_size() == 1:

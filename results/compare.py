@@ -36,7 +36,7 @@ import flops
 import search
 import train
 from budget import viterbi_list
-from derive import arch_of, evaluate, evaluate_derived, open_supernet, space_costs
+from derive import evaluate, evaluate_derived, open_supernet, space_costs
 from network import Network
 from ops import initialise
 from space import SPACES, Arch
@@ -85,7 +85,7 @@ def random_networks(stage, count):
         g = data.generator(DRAWN, stage, n)
         options = [[int(torch.randint(size, (1,), generator=g))
                     for size in (8, len(b.expansions), len(b.widths))] for b in supernet.space.blocks]
-        arch = arch_of(supernet, options)
+        arch = supernet.space.arch(options, 1, 10)
         if 0.97 * target <= flops.macs(arch) <= target:
             found.append(arch)
 
@@ -100,7 +100,8 @@ def largest(stage):
     def best(penalty, count=1):
         blocks = [penalty * m - p for m, p in zip(macs.blocks, params.blocks)]
         table = flops.Costs(0.0, blocks, penalty * macs.head - params.head)
-        return [arch_of(supernet, solution.options) for solution in viterbi_list(even, table, 1.0, count)]
+        solutions = viterbi_list(even, table, 1.0, count)
+        return [supernet.space.arch(solution.options, 1, 10) for solution in solutions]
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2
@@ -114,7 +115,7 @@ def by_hand(stage):
     for height in np.linspace(0, 1, 101):
         options = [(6, round(height * (len(b.expansions) - 1)), round(height * (len(b.widths) - 1)))
                    for b in supernet.space.blocks]
-        arch = arch_of(supernet, options)
+        arch = supernet.space.arch(options, 1, 10)
         best = arch if flops.macs(arch) <= flops.TARGETS["small"][stage] else best
     return best
 

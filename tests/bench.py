@@ -7,34 +7,33 @@ All variants of a row run in one process, in turns, and medians over the repeats
 machine harms both sides alike. "All paths" is FBNetV2's way: all eight candidates of every block, at full
 width, under soft masks of all widths and expansions.
 """
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from machinery import flags
+from machinery.run import Run
+
 import argparse
 import contextlib
 import functools
 import json
-import os
 import platform
 import statistics
-import sys
 import time
-from pathlib import Path
-
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")                # as in search.py
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from machinery import flags
 
 import numpy as np
-import step
 import torch
 import torch.nn.functional as F
-from checkpoint import blank
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-import flops
+import distill
 import search
-from derive import Network, arch, derive, inherit
+from derive import arch_of, derive, inherit
 from grow import grow
+from network import Network
 from space import SPACES, round8
 from supernet import SuperNet, require_grad
 
@@ -98,11 +97,16 @@ class Steps:
         self.x = torch.randn(batch, channels, size, size, generator=self.g)
         self.y = torch.randint(classes, (batch,), generator=self.g)
         settings = argparse.Namespace(lr=0.01, weight_decay=1e-4, alpha_lr=0.01)
-        self.sgd, self.adam = search.optimisers(self.net, settings)
+        self.sgd, self.adam = search.optimizers(self.net, settings)
         self.weights, self.alphas = self.net.weights(), self.net.alphas()
 
     def two_paths(self, teacher=None):
-        return step.two_paths(self.net, teacher, self.x, self.y, 1.0, 0.5, self.g)[0]
+        """The loss of `search.backward`."""
+        soft = None
+        if teacher is not None:
+            with torch.no_grad():
+                soft = teacher(self.x)
+        return distill.loss(self.net(self.x, self.net.sample(1.0, self.g)), soft, self.y, 0.5)
 
     def every_path(self):
         return F.cross_entropy(all_paths(self.net, self.x), self.y)
@@ -153,7 +157,7 @@ def two_networks(steps):
     for side in (0, -1):
         options = [(draws["op"].options[side], draws["expansion"].options[-1], draws["width"].options[-1])
                    for draws in path]
-        net = inherit(Network(arch(steps.net, options)), steps.net).train()
+        net = inherit(Network(arch_of(steps.net, options)), steps.net).train()
         nets.append((net, torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, weight_decay=1e-4,
                                           fused=True)))
 
@@ -178,7 +182,7 @@ def two_paths_against_all(stage, repeats, batch, size):
 def overheads(name, space, paths, repeats, batch, size, channels):
     """Over several drawn `paths`, since their costs differ."""
     ratios, taught, steps = [], [], Steps(space, batch, size, channels)
-    teacher = Network(arch(steps.net, [(0, 0, 0)] * len(space.blocks))).eval()
+    teacher = Network(arch_of(steps.net, [(0, 0, 0)] * len(space.blocks))).eval()
     for _ in range(paths):
         path, plain = two_networks(steps)
         draw = steps.net.sample
@@ -225,20 +229,17 @@ def outside(loader, parts, epochs):
                 seconds.append(sign * (time.perf_counter() - clock))
             return found
         return run
-    args = flags.settings(flags.parser(), ["--epochs", str(epochs), "--out", "unused"])
-    args.flops_target = flops.TARGETS["small"]
+    args = flags.completed(flags.search_parser(None).parse_args(["--epochs", str(epochs)]))
     net = SuperNet(SPACES["small"][0]._replace(resolution=28), 1, 10)
-    sgd, adam = search.optimisers(net, args)
-    net.sample = watched(net.sample, -1)  # gradients() draws the paths as well
-    sgd.step, sgd.zero_grad = watched(sgd.step), watched(sgd.zero_grad)
-    places = [(step, "gradients"), (step, "step_sampled"), (search, "expected_macs"),
-              (torch.Tensor, "backward")]
+    net.sample = watched(net.sample, -1)  # backward() draws the paths as well
+    places = [(search, "backward"), (search, "step_sampled"), (torch.optim.SGD, "step"),
+              (torch.optim.SGD, "zero_grad")]
     calls = [getattr(*place) for place in places]
     for place, call in zip(places, calls):
         setattr(*place, watched(call))
     clock = time.perf_counter()
     with contextlib.redirect_stdout(None):
-        list(search.train_stage(net, None, sgd, adam, loader, parts, args, blank(), []))
+        search.train_stage(net, None, loader, parts, args, Run(None, {}, torch.device("cpu")))
     whole = time.perf_counter() - clock
     for place, call in zip(places, calls):
         setattr(*place, call)

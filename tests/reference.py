@@ -122,13 +122,15 @@ def parse(argv):
 @flags.command
 def main(argv=None):
     own, args = parse(argv)
-    archs, folder = train.networks(own.dir)
-    wanted = train.own_images(args, archs, folder)
+    archs, folder = train.read_archs(own.dir)
+    args.out = args.run_folder = folder
+    wanted = train.own_images(args, archs)
     args.data = wanted.data
     images, test_images = (flags.load_images(wanted, part, folder) for part in ("train", "test"))
-    train.check(args, archs, folder, images)
+    train.check(args, archs, images)
     device, index = processes.choose_device(args.device), torch.arange(len(images.labels))
     test_index, results = torch.arange(len(test_images.labels)), folder / "trained.json"
+    trained = {row["name"] for row in files.read_json(results, list)} if results.exists() else ()
     targets = own.targets or [flops.macs(arch) for arch in list(archs.values())[::2]]
     with contextlib.ExitStack() as stack, processes.catch_signals() as signals:
         flags.lock(folder, stack)
@@ -138,7 +140,7 @@ def main(argv=None):
                 width, network, count = nearest(build, target, images.channels, images.resolution,
                                                 images.classes, given.dropout)
                 given.name = name = f"{name} x{width:g}"
-                if args.resume and any(row["name"] == name for row in train.read_rows(results)):
+                if args.resume and name in trained:
                     continue
                 initialise(network, data.generator(args.seed, n, train.INITIAL))
                 params = sum(p.numel() for p in network.parameters())

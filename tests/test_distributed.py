@@ -40,10 +40,11 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 pytestmark = pytest.mark.usefixtures("tiny_world")
 
 
-def stage(space=0, taught=False, lr=0.1, steps=STEPS, spoil=None):
+def stage(space=0, taught=False, lr=0.1, steps=STEPS, spoil=None, double=False):
     """A stage of so many steps on the `fake` patterns: its supernet, and its last row of the log.
 
-    spoil: (step, rank) at which a gradient is infinite.
+    spoil: (step, rank) at which a gradient is infinite. double: in float64, where rounding is far below
+    Adam's epsilon, and so moves no alpha.
     """
     images = data.load("fake", "train")
     parts = data.split(images.labels, 0)
@@ -54,6 +55,9 @@ def stage(space=0, taught=False, lr=0.1, steps=STEPS, spoil=None):
     teacher = Network(derive(nets[1])).eval() if taught else None
     if taught:
         initialise(teacher, data.generator(2))
+    if double:
+        nets[0].double()
+        loader.mean, loader.std = loader.mean.double(), loader.std.double()
     run, mean = Run(None, {}, CPU), processes.all_reduce_mean
 
     def sometimes(parameters, *values):
@@ -72,7 +76,11 @@ def trained():
     loader = data.Loader(images, images.statistics(index), BATCH, CPU)
     network = Network(chosen(TINY._replace(resolution=16), [(0, 0, 0), (7, 1, 1), (4, 2, 1)]))
     initialise(network, data.generator(3))
-    network.register_forward_pre_hook(lambda net, x: sizes.append(len(x[0])) if net.training else None)
+
+    def note(network, x):
+        if torch.is_grad_enabled():
+            sizes.append(len(x[0]))
+    network.register_forward_pre_hook(note)
     args, run = argparse.Namespace(**PLAIN | {"batch_size": BATCH, "lr": 0.1, "ema": 0.5}), Run(None, {}, CPU)
     network = train.train(network, 0, loader, index,
                           lambda net: evaluate(net, loader, torch.arange(160, 221)), args, run)
@@ -93,14 +101,9 @@ def work(rank, folder):
     found = {"row": {k: row[k] for k in keys}, "travelled": list(travelled), "weights": net.state_dict()}
     net, _, found["skipped"] = stage(steps=6, spoil=(4, 1))
     found["left out"] = net.state_dict()
-    network = Network(derive(net)).train()
-    network(torch.rand(8, 1, 16, 16, generator=data.generator(rank)))
-    found["own"] = {name: b.clone() for name, b in network.named_buffers()}
-    processes.broadcast(network)
-    found["broadcast"] = dict(network.named_buffers())
     with pytest.MonkeyPatch.context() as patch:
         without_norm(patch.setattr)
-        net, row, _ = stage(lr=0.01, steps=10)
+        net, row, _ = stage(lr=0.01, steps=10, double=True)
         found.update(plain=net.state_dict(), plain_row={k: row[k] for k in keys})
         found["trained"] = trained()
     try:
@@ -143,16 +146,9 @@ def test_all_leave_out_a_step_that_is_not_finite_in_one(two):
     assert not any(w.any() for name, w in one["left out"].items() if ".alphas." in name)
 
 
-def test_batch_norm_statistics_are_those_of_rank_0(two):
-    one, other = two
-    assert any(not torch.equal(one["own"][name], other["own"][name]) for name in one["own"])
-    for found in two:
-        assert all(torch.equal(found["broadcast"][name], b) for name, b in one["own"].items())
-
-
 def test_two_processes_compute_what_one_does(two, monkeypatch):
     without_norm(monkeypatch.setattr)
-    net, row, _ = stage(lr=0.01, steps=10)
+    net, row, _ = stage(lr=0.01, steps=10, double=True)
     start = SuperNet(SPACES["small"][0], 1, 10, data.generator(0)).state_dict()
     for name, p in net.state_dict().items():
         for found in two:

@@ -351,7 +351,8 @@ def test_the_report_of_growth_is_right():
     wanted = [apart(new(x, new.path([(op, -1, -1)] * len(new.blocks))),
                     old(x, old.path([(op, -1, -1)] * len(old.blocks)))) for op in range(8)]
     assert movement(old, new, x) == pytest.approx(max(wanted))
-    text = describe(old, new)
+    text = describe(old, new, x)
+    assert f"moved by {max(wanted):.1e} of their size" in text
     assert f"from A2: {len(old.blocks)} -> {len(new.blocks)} blocks" in text and "88 -> 96" in text
     millions = [sum(p.numel() for name, p in net.named_parameters() if ".alphas." not in name) / 1e6
                 for net in (old, new)]

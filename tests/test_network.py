@@ -231,18 +231,19 @@ def test_what_cannot_be_written_whole_leaves_what_was_there(file, tmp_path, monk
 
 
 def test_two_files_in_an_empty_folder_are_enough(file, tmp_path):
-    """The example of network.py runs from another folder, with no other file of the project in reach."""
+    """The examples of network.py run from another folder, with no other file of the project in reach."""
     code, elsewhere = tmp_path / "code", tmp_path / "elsewhere"
     code.mkdir(), elsewhere.mkdir()
     for name in ("network.py", "space.py"):
         shutil.copy(Path(network_file.__file__).with_name(name), code)
     shutil.copy(file, elsewhere)
     Image.new("RGB", (40, 30), "red").save(elsewhere / "photo.jpg")
-    example = textwrap.dedent(network_file.__doc__.partition("\n\n")[2].partition("\n\n")[2])
-    said = subprocess.run([sys.executable, "-c", example], cwd=elsewhere, capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(code)}, check=True).stdout
+    example = textwrap.dedent("    from network" + network_file.__doc__.partition("    from network")[2])
     (_, name, probability), = predict(load(file), [elsewhere / "photo.jpg"])
-    assert said == f"photo.jpg: {name}, {probability:.1%}\n" and name in CLASSES
+    for command in (["-c", example], [str(code / "network.py"), "A3.net.pt", "photo.jpg"]):
+        said = subprocess.run([sys.executable, *command], cwd=elsewhere, capture_output=True, text=True,
+                              env=os.environ | {"PYTHONPATH": str(code)}, check=True).stdout
+        assert said == f"photo.jpg: {name}, {probability:.1%}\n" and name in CLASSES
 
 
 # Image files
@@ -258,7 +259,8 @@ def test_an_image_file_is_read_as_in_evaluation(tmp_path):
         image = Image.fromarray(noise)                                                          # RGBA
         (image if mode == "RGBA" else image.convert("RGB").convert(mode)).save(tmp_path / name, **options)
     names = [name.encode() for name in kinds]
-    decoder = Decoder(types.SimpleNamespace(root=str(tmp_path), names=names, labels=None, resolution=16))
+    decoder = Decoder(types.SimpleNamespace(root=str(tmp_path), names=names, labels=None, resolution=16,
+                                            crop=224 / 256))
     for n, name in enumerate(kinds):
         assert torch.equal(read_image(tmp_path / name, ARCH, 224 / 256)[0], decoder.image(n)), name
     grey = read_image(tmp_path / "grey.png", ARCH._replace(in_channels=1, resolution=37), 1.0)
@@ -344,6 +346,7 @@ def test_a_program_that_computes_something_else_is_not_written(file, tmp_path, m
         monkeypatch.setattr(export, "pt2", lambda trained, image, logits=logits: (b"", logits))
         with pytest.raises(files.Refused, match=f"the logits of {tmp_path}/net.pt2 differ by"):
             export.export(network, tmp_path / "net.pt2")
-    with pytest.raises(files.Refused, match="ends neither in"):
-        export.export(network, tmp_path / "net.pth")
+    for path, message in ((tmp_path / "net.pth", "ends neither"), (tmp_path / "no" / "net.pt2", "no folder")):
+        with pytest.raises(files.Refused, match=message):
+            export.check(path)
     assert not os.listdir(tmp_path)

@@ -286,7 +286,7 @@ def test_table_3_lies_within_the_spaces(stage):
     space = SPACES["paper"][stage]
     assert flops.TARGETS["paper"][stage] == OURS[stage].macs * 1e6
     assert flops.TABLE3_PARAMS[stage] == OURS[stage].params * 1e6
-    for cost, printed in (("macs", OURS[stage].macs), ("params", OURS[stage].params)):
+    for cost, printed in ((flops.Layer.macs, OURS[stage].macs), (flops.Layer.params, OURS[stage].params)):
         low, high = flops.bounds(flops.costs(space, 3, 1000, cost))
         assert low < printed * 1e6 < high
 
@@ -295,7 +295,7 @@ def test_table_3_lies_within_the_spaces(stage):
 def test_a_network_has_table_3s_macs_and_parameters_at_once(stage):
     """Rounded as printed. It is found from random networks, by changing one choice after the other."""
     space, want, rng = SPACES["paper"][stage], OURS[stage], random.Random(0)
-    tables = [flops.costs(space, 3, 1000, cost) for cost in ("macs", "params")]
+    tables = [flops.costs(space, 3, 1000, cost) for cost in (flops.Layer.macs, flops.Layer.params)]
     sizes = [(len(CANDIDATES), len(b.expansions), len(b.widths)) for b in space.blocks]
 
     def distance(chosen):

@@ -215,9 +215,9 @@ def test_another_seed_gives_another_run(undisturbed, tmp_path):
     assert undisturbed["log"] != other["log"]
 
 
-def test_the_log_has_probabilities_of_every_few_steps(undisturbed):
-    steps = [[step for step, _ in row["alphas"]] for row in undisturbed["log"]]
-    assert steps == [[3, 6, 9, 11]] * 2
+def test_the_log_has_probabilities_of_every_few_steps(undisturbed, tmp_path):
+    log = run(tmp_path / "run", "--stages", "1", "--epochs", "1.3")["log"]
+    assert [[step for step, _ in row["alphas"]] for row in log] == [[3, 6, 9, 12, 12], [15, 16]]
     row = undisturbed["log"][1]
     assert set(row) == {"stage", "epoch", "step", "steps", "temperature", "lambda", "alphas",
                         "loss", "accuracy", "alpha_loss", "alpha_accuracy"}

@@ -7,6 +7,7 @@ import derive
 import flops
 import plot
 import search
+import train
 from space import SPACES, read
 
 # The columns of space.py's tables. Every stage adds a block, widths or expansions.
@@ -36,6 +37,7 @@ def shrink(patch):
         data.fake(*sizes[part], size=16) if name == "fake" else load(name, part)))
     patch.setitem(SPACES, "small", stages)
     patch.setitem(flops.TARGETS, "small", tuple((low * high) ** 0.5 for low, high in ends))
-    patch.setattr(derive, "RECALIBRATION", 4)
+    for module in (derive, train):
+        patch.setattr(module, "RECALIBRATION", 4)
     patch.setattr(search, "HISTORY", 3)
     patch.setattr(plot, "curve", lambda *_: None)
