@@ -80,7 +80,7 @@ def curve(runs, path):
             # Many labels would only be in the way: the points of the other lines are A0, A1, .. as well.
             if (label, searched) in list(looks)[2:] and list(points) == [f"A{n}" for n in range(len(points))]:
                 words = [""] * len(points)
-            texts += zip(mean[:, column], mean[:, 2], words)
+            texts += zip(mean[:, column], mean[:, 2], words, itertools.repeat(not searched))
         notes[axis] = texts
         axis.grid(alpha=0.3, lw=0.5)
         axis.margins(0.12)
@@ -100,8 +100,8 @@ def curve(runs, path):
 
 
 def place(axis, texts):
-    """Annotate points (x, y, text), the last first, where no line, error bar, frame or other text is and no
-    other point is as near. A text without such a place is left out. A point may have no text.
+    """Annotate points (x, y, text, needed), the last first, where no line, error bar, frame or other text is
+    and no other point is as near. A text without such a place is left out; a needed one may cross one line.
     """
     taken, unit = [], axis.figure.dpi / 72                  # a typographic point, in pixels
     points = axis.transData.transform([text[:2] for text in texts])
@@ -109,15 +109,15 @@ def place(axis, texts):
     paths += [path for bars in axis.collections for path in bars.get_paths()]
     paths = [axis.transData.transform_path(path) for path in paths]
     sides = ((1, -1), (-1, 1), (1, 0), (0, -1), (0, 1), (-1, 0), (1, 1), (-1, -1))      # the best one first
-    for (x, y, text), point in reversed([*zip(texts, points)]):
-        for far, (right, up) in itertools.product((4, 7, 12), sides if text else ()):
+    for (x, y, text, needed), point in reversed([*zip(texts, points)]):
+        for most, far, (right, up) in itertools.product(range(1 + needed), (4, 7, 10), sides if text else ()):
             note = axis.annotate(text, (x, y), (far * right, far * up), textcoords="offset points",
                                  ha=("center", "left", "right")[right], va=("center", "bottom", "top")[up])
-            box = note.get_window_extent().padded(unit)
+            box = note.get_window_extent().padded(1)
             own, *gaps = (math.dist(p, np.clip(p, box.min, box.max)) for p in (point, *points))
             if (all(axis.bbox.contains(*corner) for corner in box.corners())
                     and not any(map(box.overlaps, taken)) and sum(gap < own + unit for gap in gaps) == 1
-                    and not any(path.intersects_bbox(box, filled=False) for path in paths)):
+                    and sum(path.intersects_bbox(box, filled=False) for path in paths) <= most):
                 taken.append(box)
                 break
             note.remove()

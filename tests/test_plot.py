@@ -7,6 +7,7 @@ is drawn is read back from the figures.
 """
 from machinery import results
 
+import functools
 import itertools
 import json
 import math
@@ -93,15 +94,10 @@ def test_error_bars_are_the_standard_deviation_over_seeds(unsaved, tmp_path):
     assert drawn(right)[NAME][0].get_xdata() == pytest.approx([0.100001, 0.200001])
 
 
-def test_one_run_has_no_error_bars(unsaved, tmp_path):
-    figure = plot.curve([make(tmp_path / "run")], tmp_path / "curve.png")
-    assert all(not bars for axis in figure.axes for _, bars in drawn(axis).values())
-    assert [t.get_text() for t in figure.legends[0].texts] == [f"{NAME}, n = 1"]
-
-
 def test_runs_are_averaged_only_if_they_differ_in_the_seed_alone(unsaved, tmp_path):
-    runs = [make(tmp_path / "a"), make(tmp_path / "b", 1, device="cuda"), make(tmp_path / "c", grow=False),
-            make(tmp_path / "d", method="direct"), make(tmp_path / "e", method="direct", data="cifar10")]
+    runs = [make(tmp_path / name, seed, (0.5,), **settings) for name, seed, settings in (
+        ("a", 0, {}), ("b", 1, {"device": "cuda"}), ("c", 0, {"grow": False}), ("d", 0, {"method": "direct"}),
+        ("e", 0, {"method": "direct", "data": "cifar10"}))]
     labels = [f"{NAME}, grow", f"{NAME}, no grow", "direct search, patterns, small space",
               "direct search, CIFAR-10, small space"]
     assert results.experiments(runs) == dict(zip(labels, (runs[:2], runs[2:3], runs[3:4], runs[4:])))
@@ -133,6 +129,7 @@ def test_open_marks_for_the_supernets_weights_and_filled_for_trained(unsaved, tm
     run = make(tmp_path / "run", accuracies=(0.5, None, 0.7))                       # A1 was not measured
     trained(run, ("A2", 2, 3e6, 3e5, 0.9), ("A0", 0, 1e6, 1e5, 0.8))
     top, _, bottom, _ = plot.curve([run], tmp_path / "curve.png").axes
+    assert all(not bars for axis in (top, bottom) for _, bars in drawn(axis).values())      # of one seed
     for axis, points, filled in ((top, [(1, 80), (3, 90)], True), (bottom, [(1, 50), (3, 70)], False)):
         line, _ = drawn(axis)[NAME]
         assert line.get_xydata().ravel().tolist() == pytest.approx([x for point in points for x in point])
@@ -178,11 +175,11 @@ def test_texts_of_the_curve_hide_nothing(unsaved, tmp_path):
     rng, runs = random.Random(0), []
     for n in range(6):
         accuracies = [0.4 + 0.1 * stage + rng.uniform(-0.05, 0.05) for stage in range(5)]
-        runs.append(make(tmp_path / str(n), n % 2, accuracies, method=f"method {n // 2}"))
+        runs.append(make(tmp_path / str(n), n % 2, (None,), method=f"method {n // 2}"))
         trained(runs[-1], *((f"A{s}", s, 1e6 + 1e6 * s, 1e5 + 1e5 * s, a) for s, a in enumerate(accuracies)),
                 ("MobileNetV3-small x0.35", 0, 4e6, 4e5, 0.42))
     figure = plot.curve(runs, tmp_path / "curve.png")
-    for axis in figure.axes:
+    for axis in figure.axes:                                        # two, of trained.json
         boxes = [t.get_window_extent() for t in axis.texts if isinstance(t, Annotation)]
         assert len(boxes) >= 5
         frame = axis.get_window_extent()
@@ -195,14 +192,15 @@ def test_texts_of_the_curve_hide_nothing(unsaved, tmp_path):
             assert not any(path.intersects_bbox(box, filled=False) for path in paths)
 
 
-@pytest.mark.parametrize("name, shown", [("$_a_b_c$", "$_a_b_c$"), ("_hidden", "_hidden"),
-                                         ("\udcff", "\\udcff"), ("a\nb", "a\nb")])
-def test_any_name_of_a_folder_can_be_drawn(name, shown, unsaved, tmp_path):
-    run = make(tmp_path / name)
-    (run / "args.json").unlink()
-    trained(run, (f"{name} x0.5", 0, 1e6, 1e5, 0.8))
-    legend = [t.get_text() for t in plot.curve([run], tmp_path / "curve.png").legends[0].texts]
-    assert legend == [f"{shown}, n = 1"] * 2
+def test_any_name_of_a_folder_or_a_network_can_be_drawn(unsaved, tmp_path):
+    names = {"$_a_b_c$": "$_a_b_c$", "_hidden": "_hidden", "\udcff": "\\udcff", "a\nb": "a\nb"}
+    runs = [make(tmp_path / name, accuracies=(n / 4,)) for n, name in enumerate(names)]
+    for run in runs:
+        (run / "args.json").unlink()
+    trained(runs[0], *((f"{name} x0.5", 0, 1e6, 1e5, n / 4) for n, name in enumerate(names)))
+    legend = [t.get_text() for t in plot.curve(runs, tmp_path / "curve.png").legends[0].texts]
+    assert legend[:4] == [f"{shown}, n = 1" for shown in names.values()]
+    assert sorted(legend[4:]) == sorted(legend[:4])
 
 
 def test_a_users_matplotlibrc_changes_nothing(tmp_path):
@@ -233,10 +231,19 @@ def test_no_number_beyond_reason_is_drawn(number, file, content, tmp_path, capsy
 
 def test_texts_stand_apart_the_last_comes_first_and_what_has_no_place_is_left_out():
     axis = Figure((3, 3)).add_subplot(xlim=(0, 1), ylim=(0, 1))
-    plot.place(axis, [(0.5, 0.5, "one"), (0.5, 0.9, "x" * 60), (0.55, 0.5, "two")])
+    plot.place(axis, [(0.5, 0.5, "one", False), (0.5, 0.9, "x" * 60, True), (0.55, 0.5, "two", False)])
     assert [text.get_text() for text in axis.texts] == ["two", "one"]
     two, one = (text.get_window_extent() for text in axis.texts)
     assert not one.overlaps(two)
+
+
+@pytest.mark.parametrize("needed", [False, True])
+def test_only_a_needed_text_may_cross_a_line(needed):
+    axis = Figure((3, 3)).add_subplot(xlim=(0, 1), ylim=(0, 1))
+    for y in np.arange(0.05, 1, 0.05):                              # nearer than a text is high
+        axis.plot([0, 1], [y, y])
+    plot.place(axis, [(0.5, 0.5, "name", needed)])
+    assert len(axis.texts) == needed
 
 
 def test_one_wide_network_does_not_leave_the_panel_empty(unsaved, tmp_path):
@@ -257,7 +264,7 @@ def test_a_point_of_one_seed_says_so_among_means(unsaved, tmp_path):
 
 def test_no_text_stands_nearer_to_the_point_of_another_line():
     axis = Figure((3, 3)).add_subplot(xlim=(0, 1), ylim=(0, 1))
-    plot.place(axis, [(0.5, 0.5, "here"), (0.53, 0.47, "")])                  # where it would stand
+    plot.place(axis, [(0.5, 0.5, "here", True), (0.53, 0.47, "", False)])        # where it would stand
     note, = axis.texts
     (x, y), other = axis.transData.transform([(0.5, 0.5), (0.53, 0.47)])
     box = note.get_window_extent()
@@ -373,7 +380,8 @@ def test_everything_can_be_read_in_print(tmp_path):
 
 
 def test_command_line(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(plot, "save", lambda figure, path: path.touch())
+    for draw in (plot.curve, plot.architectures):
+        monkeypatch.setattr(plot, draw.__name__, functools.wraps(draw)(lambda what, path: path.touch()))
     runs = [make(tmp_path / "a"), make(tmp_path / "b", 1)]
     log(runs[0], {"stage": 0, "step": 5, "alphas": [[5, [{"op": uniform(8)}] * 3]]})
     plot.main([str(run) for run in runs])
