@@ -67,10 +67,10 @@ def image_files(root, folder, others):
         entered.add(os.path.realpath(path))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         below = os.path.relpath(path, root)
-        for name in inside:
-            if name.lower().endswith(ENDINGS) and not name.startswith("."):
+        for name in (name for name in inside if not name.startswith(".")):
+            if name.lower().endswith(ENDINGS):
                 names.append(os.path.join(below, name))
-            elif not name.startswith("."):
+            else:
                 others[os.path.splitext(name)[1] or "without ending"] += 1
     return sorted(names)
 
