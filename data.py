@@ -1,24 +1,22 @@
-"""Images in memory: Fashion-MNIST as one tensor, its batches, and the 5/6-1/6 split (Experiments).
+"""Labelled images, their batches, and the 5/6-1/6 split (Experiments).
 
-machinery/folder.py does the same for image files on a disk: its `Folder` has what `Images` has.
+`Images` lie in memory, as Fashion-MNIST does. machinery/decode.py has the like for image files on a disk.
 """
 import gzip
 import hashlib
-import math
 import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 
 FASHION = Path(__file__).parent / "datasets" / "FashionMNIST" / "raw"
-FASHION_CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
-                   "Ankle boot")                          # Table 2 of its paper
 CACHE = Path("~/.cache/adasearch")                        # where torchvision keeps what it downloads
 NAMES = ("fashion", "cifar10", "cifar100", "fake")
-PAD = 2  # pixels that a random crop may move, as usual at 28-32 pixels
+PAD = 2                                                   # pixels a crop may move, as usual at 28-32 pixels
+EVALUATED = 128                                           # images at once in evaluation
 
 
 class Images(NamedTuple):
@@ -45,39 +43,40 @@ class Images(NamedTuple):
         pixels = self.pixels[index].double() / 255
         return (pixels.mean((0, 2, 3), keepdim=True).float(), pixels.std((0, 2, 3), keepdim=True).float())
 
-    def loader(self, stats, batch_size, device="cpu"):
-        """Their `Loader`, normalised by `stats`."""
-        return Loader(self, stats, batch_size, device)
+    def read(self, batches, shard, device):
+        """Yield (x (B, C, H, W) uint8, y (B,)) of each (index, generator or None) of `batches`.
+
+        A generator augments. shard: (rank, world_size), for a slice of the batch, as it is in the whole one.
+        """
+        rank, world_size = shard
+        pixels, labels = self.pixels.to(device), self.labels.to(device)
+        for index, generator in batches:
+            index = index.tensor_split(world_size)[rank].to(device)
+            x = pixels[index]
+            yield x if generator is None else augment(x, generator, shard), labels[index]
 
 
 def generator(*position):
     """A `torch.Generator` that is a function of whole numbers, such as (seed, stage, step).
 
-    Every draw of a run comes from one of these, so that a run can go on from any step without saved
-    generator states.
+    Every draw of a run comes from such ones, so that it can go on from any step without their states.
     """
     seed = hashlib.blake2b(str(position).encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(seed))
 
 
 def read_idx(path, dimensions):
-    """The array in a gzip file of idx format: two zero bytes, type 8 (uint8), dimensions, sizes, values.
-
-    ValueError if it is not one, or broken.
-    """
+    """The uint8 array in a gzip file of idx format: 0 0 8 dimensions, sizes, values. ValueError if broken."""
     try:
-        with gzip.open(path) as file:
-            raw = file.read()
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}: a broken gzip file ({error})") from None
-    start = 4 + 4 * dimensions
-    if len(raw) < start or raw[:4] != bytes((0, 0, 8, dimensions)):
-        raise ValueError(f"{path}: not an idx file of {dimensions} dimensions")
-    shape = np.frombuffer(raw, ">u4", dimensions, 4)
-    if len(raw) != start + math.prod(int(n) for n in shape):
-        raise ValueError(f"{path}: {len(raw)} bytes are too few or too many for {'x'.join(map(str, shape))} "
-                         "values")
-    return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=start).reshape(shape).copy())
+        raw = gzip.decompress(path.read_bytes())
+        kind, *shape = np.frombuffer(raw, ">u4", 1 + dimensions).tolist()
+        values = np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+        if kind != 0x800 + dimensions:
+            raise ValueError(f"it begins with {kind:#010x}")
+    except (EOFError, gzip.BadGzipFile, ValueError, zlib.error) as error:
+        raise ValueError(f"{path}: a broken gzip file, or not an idx file of {dimensions} dimensions "
+                         f"({error})") from None
+    return torch.from_numpy(values.copy())
 
 
 def fashion(part, folder=FASHION):
@@ -87,7 +86,7 @@ def fashion(part, folder=FASHION):
     if len(labels) != len(pixels) or labels.max() > 9:
         raise ValueError(f"{folder}: {len(labels)} labels of {len(pixels)} images, from {labels.min()} to "
                          f"{labels.max()}, not 0 to 9, a label an image")
-    return Images(pixels, labels, FASHION_CLASSES)
+    return Images(pixels, labels, tuple(FashionMNIST.classes))
 
 
 def cifar(name, part, folder=CACHE):
@@ -120,26 +119,22 @@ def fake(n, position, classes=10, channels=1, size=28):
 
 
 def load(name, part):
-    """The `Images` of a data set; `part` is train or test. ValueError: an unknown name; OSError: no files."""
+    """The `Images` of a data set in `NAMES`; part: train or test. OSError or ValueError: no whole files."""
     if name == "fashion":
-        return fashion({"train": "train", "test": "t10k"}[part])
-    if name in ("cifar10", "cifar100"):
-        return cifar(name, part)
+        return fashion("train" if part == "train" else "t10k")
     if name == "fake":
-        return fake(*{"train": (1200, (0,)), "test": (400, (1,))}[part])
-    raise ValueError(f"{name!r} is unknown, choose from {', '.join(NAMES)}")
+        return fake(1200, (0,)) if part == "train" else fake(400, (1,))
+    return cifar(name, part)
 
 
 def split(labels, seed):
     """The training images' (weights, architecture) parts as indices: 5/6 and 1/6 of every class, drawn."""
-    g, parts = generator(seed), ([], [])
+    g, drawn = generator(seed), []
     for c in labels.unique():
         index = (labels == c).nonzero().flatten()
         index = index[torch.randperm(len(index), generator=g)]
-        cut = len(index) * 5 // 6
-        parts[0].append(index[:cut])
-        parts[1].append(index[cut:])
-    return tuple(torch.cat(part).sort().values for part in parts)
+        drawn.append(index.tensor_split([len(index) * 5 // 6]))
+    return tuple(torch.cat(part).sort().values for part in zip(*drawn))
 
 
 def batch_indices(index, batch_size, *position, start=0):
@@ -160,38 +155,25 @@ class Loader:
     """Batches of `images` on a `device`, normalised by `stats`, as (x (B, C, H, W) float, y (B,) long)."""
 
     def __init__(self, images, stats, batch_size, device="cpu"):
-        self.pixels, self.labels = images.pixels.to(device), images.labels.to(device)
+        self.images, self.batch_size, self.device = images, batch_size, torch.device(device)
         self.mean, self.std = (255 * s.to(device) for s in stats)
-        self.batch_size, self.device = batch_size, device
 
-    def batch(self, index, generator=None, shard=(0, 1)):
-        """The images at `index`; with a generator augmented: a random crop of the padded image and a flip.
-
-        shard: (rank, world_size), for this process's slice of the batch, as it is in the whole batch.
-        """
-        rank, world_size = shard
-        index = index.tensor_split(world_size)[rank].to(self.device)
-        x = self.pixels[index]
-        if generator is not None:
-            x = augment(x, generator, shard)
-        return (x - self.mean) / self.std, self.labels[index]
+    def read(self, batches, shard=(0, 1)):
+        """Yield each (index, generator or None) of `batches` as a batch; shard: as in `Images.read`."""
+        for x, y in self.images.read(batches, shard, self.device):
+            yield (x - self.mean) / self.std, y
 
     def ordered(self, index):
         """All images at `index`, once, in order, for evaluation."""
-        for part in index.split(self.batch_size * 4):
-            yield self.batch(part)
+        return self.read([(part, None) for part in index.split(EVALUATED) if len(part)])
 
     def shuffled(self, index, *position, start=0, shard=(0, 1)):
-        """Endless training batches from number `start` on, as in `batch_indices`; shard: as in `batch`."""
-        for part, drawn in batch_indices(index, self.batch_size, *position, start=start):
-            yield self.batch(part, drawn, shard)
+        """Endless training batches from number `start` on, as in `batch_indices`."""
+        return self.read(batch_indices(index, self.batch_size, *position, start=start), shard)
 
 
 def augment(x, generator, shard=(0, 1)):
-    """x (B, C, H, W) uint8 -> the same shape: moved by up to `PAD` pixels each way, flipped half of the time.
-
-    shard: (rank, world_size) if x is a slice of a batch. The draws are the whole batch's.
-    """
+    """x (B, C, H, W) uint8, a shard of a batch: moved by up to `PAD` pixels, half of them flipped."""
     b, _, h, w = x.shape
     rank, world_size = shard
     mine = slice(rank * b, (rank + 1) * b)

@@ -209,8 +209,8 @@ def main(argv=None):
         name, arch = under_budget(args, supernets, accuracy)
         text = arch.to_json()
     path = args.out or args.run / f"{name}.json"
-    if args.out and path.exists():
-        raise Refused(f"--out {path} is there already: name another file")
+    if path.resolve() in [(args.run / f"A{k}.json").resolve() for k in range(5)]:
+        raise Refused(f"--out {path} is a network of the run: name another file")
     files.write(path, text)
     print(f"written: {path}")
 
@@ -221,7 +221,7 @@ def evaluator(run):
     images = flags.load_images(args, "train", run)
     folder.unchanged(images, run)
     parts = data.split(images.labels, args.seed)
-    loader = images.loader(images.statistics(parts[0]), args.batch_size)
+    loader = data.Loader(images, images.statistics(parts[0]), args.batch_size)
     return lambda supernet, arch: evaluate_derived(arch, supernet, loader, parts, args.seed)[1]
 
 

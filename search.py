@@ -39,7 +39,7 @@ def search(args, images, out, run):
     Leaves A0.json, A0.pt, .. and summary.json in the folder `out`; returns the summary's rows, one a stage.
     """
     parts = data.split(images.labels, args.seed)                         # 5/6 for w, 1/6 for alpha
-    loader = images.loader(images.statistics(parts[0]), args.batch_size, run.device)
+    loader = data.Loader(images, images.statistics(parts[0]), args.batch_size, run.device)
     supernet, teacher = previous(args, out, loader, parts, run)          # None, unless the run goes on
     for stage in range(run.state["stage"], args.stages):
         space = SPACES[args.space][stage]._replace(resolution=images.resolution)
@@ -48,7 +48,8 @@ def search(args, images, out, run):
             supernet = SuperNet(space, images.channels, images.classes, generator).to(run.device)
         else:
             small, supernet = supernet, grow(supernet, space, generator, args.widen)
-            print(f"A{stage}: {describe(small, supernet, loader.batch(parts[1][:8])[0])}", flush=True)
+            x, _ = next(loader.ordered(parts[1][:8]))
+            print(f"A{stage}: {describe(small, supernet, x)}", flush=True)
         train_stage(supernet, teacher, loader, parts, args, run)
         arch = derive(supernet, args.flops_target[stage])
         network, accuracy = evaluate_derived(arch, supernet, loader, parts, args.seed, stage, WEIGHTS)
@@ -185,7 +186,7 @@ def scale_up(args, out, run):
 def dry_run(args, images, device):
     """What the run would cost, as text: what its spaces hold, then a line a stage, of ten steps measured."""
     parts = data.split(images.labels, args.seed)
-    loader = images.loader(images.statistics(parts[0]), args.batch_size, device)
+    loader = data.Loader(images, images.statistics(parts[0]), args.batch_size, device)
     shape = images.channels, images.resolution, images.classes
     lines = [flops.describe_space(args.space, shape, args.flops_target),
              "", "      steps  seconds a step     hours       kWh  CO2e (lb)"]
@@ -240,6 +241,7 @@ def main(argv=None):
         run = Run(out / "last.pt", flags.same_run(args), device, signals, out / "log.jsonl")
         if args.resume:
             run.resume()
+        folder.unchanged(images, out)
         flags.save_settings(args, out)
         folder.record(images, out, data.split(images.labels, args.seed))
         print(f"{args.method} on {args.data}, seed {args.seed}, into {out}", flush=True)

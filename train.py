@@ -167,7 +167,7 @@ def own_images(args, archs):
     """
     wanted, ran = flags.DATA | {"seed": args.seed}, {}
     if (args.run_folder / "args.json").exists():
-        ran = vars(flags.settings_of(args.run_folder, args.data))
+        ran = vars(flags.settings_of(args.run_folder))
         if args.data in (None, ran["data"]) or not {args.data, ran["data"]} & set(data.NAMES):
             wanted |= {key: ran[key] for key in ("data", "classes", "skip_broken", "seed")}
     wanted |= {key: getattr(args, key) for key in flags.DATA if getattr(args, key) is not None}
@@ -254,8 +254,8 @@ def train_one(arch, images, test_images, parts, args, run):
     rows of the log. parts: indices of the images to train on, and of the test images.
     """
     statistics = images.statistics(parts[0])
-    loader = images.loader(statistics, args.batch_size, run.device)
-    test_loader = test_images.loader(statistics, args.batch_size, run.device)
+    loader = data.Loader(images, statistics, args.batch_size, run.device)
+    test_loader = data.Loader(test_images, statistics, args.batch_size, run.device)
 
     def test(network):
         return evaluate(network, test_loader, parts[1])

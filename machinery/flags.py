@@ -146,9 +146,7 @@ def data_flags(g):
 
 
 def data_name(text):
-    """An argparse type: the name of a data set, or the absolute path of a folder."""
-    if text not in data.NAMES and not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is neither one of {', '.join(data.NAMES)} nor a folder")
+    """An argparse type: the name of a data set, or the absolute path of a folder, which may have moved."""
     return text if text in data.NAMES else str(Path(text).resolve())
 
 
@@ -183,6 +181,8 @@ def load_images(args, part, run=None, checked=True):
     for key in ("classes", "resolution"):
         if getattr(args, key) and args.data in data.NAMES:
             raise Refused(f"--{key} is for a folder of images, and --data {args.data} is none")
+    if args.data not in data.NAMES and not Path(args.data).is_dir():
+        raise Refused(f"--data: {args.data} is neither one of {', '.join(data.NAMES)} nor a folder")
     try:
         if args.data in data.NAMES:
             return processes.rank0_first(data.load, args.data, part)
@@ -231,15 +231,10 @@ def argv_of(settings):
     return argv
 
 
-def settings_of(run, moved=None, more=()):
-    """The arguments of the search that left args.json in the folder `run`. Refused if they are not such.
-
-    moved: where its folder of images lies now. more: a command line that may add to the run's own.
-    """
+def settings_of(run):
+    """The arguments of the search that left args.json in the folder `run`. Refused if they are not such."""
     file = run / "args.json"
     settings = files.read_json(file)
-    if moved not in (None, *data.NAMES) and settings.get("data") not in data.NAMES:
-        settings["data"] = moved
     try:
         args = completed(search_parser(None).parse_args(argv_of(settings)))
         for key, value in settings.items():
@@ -247,7 +242,7 @@ def settings_of(run, moved=None, more=()):
                 raise Refused(f"{key} is {value!r}, not {getattr(args, key)!r}")
     except Refused as error:
         raise Refused(f"{file} is not what a run writes ({error})") from None
-    return completed(search_parser(None).parse_args([*argv_of(settings), *more])) if more else args
+    return args
 
 
 def completed(args):
@@ -278,10 +273,10 @@ def search_arguments(argv, description):
     if args.resume and args.out is None:
         raise Refused("--resume needs --out with the folder of a run")
     if args.resume and (args.out / "args.json").exists():
-        ran = same_run(settings_of(args.out, args.data))
-        args = settings_of(args.out, args.data, argv)
+        ran = settings_of(args.out)
+        args = completed(p.parse_args([*argv_of(kept(ran)), *argv]))
         asked = same_run(args)
-        for key, value in ran.items():
+        for key, value in same_run(ran).items():
             if asked[key] != value:
                 raise Refused(f"--{key.replace('_', '-')} is {asked[key]}, but the run in {args.out} has "
                               f"{value}")

@@ -152,7 +152,9 @@ class Run:
         means = self.means() or (self.state["rows"] or [{}])[-1]
         if "loss" not in means:
             return
-        text = f"loss {means['loss']:.3f}, accuracy {100 * means.get('accuracy', 0):.1f} %"
+        text = f"loss {means['loss']:.3f}"
+        if "accuracy" in means:
+            text += f", accuracy {100 * means['accuracy']:.1f} %"
         if not bar.disable:
             bar.set_postfix_str(text)
         elif self.state["step"] % 250 == 0 or self.state["step"] == self.total:

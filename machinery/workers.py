@@ -6,6 +6,8 @@ has too little.
 from machinery import files
 
 import atexit
+import contextlib
+import itertools
 import multiprocessing
 import os
 import signal
@@ -14,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 PATIENCE = 50                                             # seconds that an answer may take
+AHEAD = 4                                                 # inputs that each process is given in advance
 
 
 @atexit.register
@@ -30,56 +33,46 @@ def cores():
     return max(1, min(8, here // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-class Calls(Dataset):
-    """A `Dataset` whose item x is function(x)."""
-
-    def __init__(self, function):
-        self.function = function
+class Inputs(Dataset):
+    """A `Dataset` whose item x is x: the collate_fn does the work."""
 
     def __getitem__(self, x):
-        return self.function(x)
-
-
-def as_it_is(answer):
-    return answer
+        return x
 
 
 def leave_signals(worker):
-    """A worker ignores Ctrl-C and SIGTERM, which the main process obeys in its own time. It does not hold the
-    run's folder, so that a run can go on at once after the main process was killed.
+    """A worker ignores Ctrl-C and SIGTERM, which the main process obeys in its own time, and does not hold
+    the lock of the run's folder.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     files.unlock()
 
 
-def check_descriptors(count):
-    """Refused if `count` workers need more file descriptors than are left: DataLoader fails at length."""
-    opened = []
-    try:
-        opened += (os.dup(0) for _ in range(8 * count))                 # queues and pipes, on the safe side
-    except OSError as error:
-        raise files.Refused(f"{count} workers: {error.strerror}: take fewer --workers, or 0") from None
-    finally:
-        for descriptor in opened:
-            os.close(descriptor)
-
-
-def work(function, inputs, count, ahead=2):
+def work(function, inputs, count):
     """Yield function(x) of each x of `inputs`, in order, from `count` processes (0: from this one).
 
-    ahead: how many inputs each process is given in advance. Refused, in one line, if a process cannot start,
-    dies, or gives no answer for `PATIENCE` seconds.
+    Refused, in one line, if a process cannot start, dies, or gives no answer for `PATIENCE` seconds.
     """
+    inputs = iter(inputs)
+    first = list(itertools.islice(inputs, count))         # no more processes than inputs are started
+    inputs, count = itertools.chain(first, inputs), len(first)
     if not count:
         yield from map(function, inputs)
         return
-    loader = DataLoader(Calls(function), batch_size=None, sampler=inputs, num_workers=count, timeout=PATIENCE,
-                        collate_fn=as_it_is, worker_init_fn=leave_signals, prefetch_factor=ahead,
+    loader = DataLoader(Inputs(), batch_size=None, sampler=inputs, num_workers=count, timeout=PATIENCE,
+                        collate_fn=function, worker_init_fn=leave_signals, prefetch_factor=AHEAD,
                         generator=torch.Generator())
-    check_descriptors(count)
     try:
+        with contextlib.ExitStack() as stack:             # there are descriptors for its pipes
+            for _ in range(8 * count):
+                stack.enter_context(open(os.devnull))
         yield from loader
+    except OSError as error:
+        raise files.Refused(f"{count} workers: {error.strerror}: take fewer --workers, or 0") from None
+    except files.Refused as error:                        # after a traceback, which DataLoader has added
+        end()
+        raise files.Refused(str(error).strip().rpartition("Refused: ")[2]) from None
     except RuntimeError as error:
         if "DataLoader" not in str(error):
             raise

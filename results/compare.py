@@ -127,7 +127,7 @@ def loader_of(batch_size):
     """(loader of Fashion-MNIST's training images, its 5/6 and 1/6 by split 0)."""
     images = data.load("fashion", "train")
     parts = data.split(images.labels, 0)
-    return images.loader(images.statistics(parts[0]), batch_size, torch.device("cpu")), parts
+    return data.Loader(images, images.statistics(parts[0]), batch_size, torch.device("cpu")), parts
 
 
 def train_network(arch_json, seed, epochs):

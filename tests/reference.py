@@ -145,7 +145,7 @@ def main(argv=None):
                 initialise(network, data.generator(args.seed, n, train.INITIAL))
                 params = sum(p.numel() for p in network.parameters())
                 print(f"{name}: {count / 1e6:.3f} M MACs, {params / 1e6:.3f} M parameters", flush=True)
-                loader, test_loader = (part.loader(images.statistics(index), given.batch_size, device)
+                loader, test_loader = (data.Loader(part, images.statistics(index), given.batch_size, device)
                                        for part in (images, test_images))
                 settings = {key: getattr(given, key) for key in train.SETTINGS} | {"network": name}
                 run = Run(folder / f"{name}.last.pt", settings, device, signals, most_skipped=0)

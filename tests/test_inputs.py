@@ -201,7 +201,7 @@ FLAGS = [
     ("derive", "run --latency 2M", "--latency"),
     ("derive", "run --points 1", "--points: 1 is not .* at least 2 and at most 1000"),
     ("derive", "run --flops 1M --refine 0", "--refine: 0 is not .* at least 1 and at most 1000"),
-    ("derive", "run --flops 20k --out run/A0.json", "--out run/A0.json is there already: name another file"),
+    ("derive", "run --flops 20k --out run/A0.json", "--out run/A0.json is a network of the run: name"),
     ("derive", "run --flops 20k --out nowhere/net.json", f"net.json: No such file or directory{WHOLE}"),
     ("flops", "", "give either a network, ARCH.json, or a space"),
     ("flops", "run/A0.json --space paper", "give either a network"),
@@ -226,8 +226,8 @@ FILES = [
     ("search", "--resume --out run", "args.json", facts(flops_target="many"), "args.json .*--flops-target"),
     ("search", "--resume --out run", "args.json", facts(method=None), "args.json .*method is None"),
     ("search", "--resume --out run", "args.json", facts(grow="no"), "args.json .*grow is 'no', not True"),
-    ("search", "--resume --out run", "args.json", facts(data=3), "args.json .*--data"),
-    ("search", "--resume --out run", "args.json", facts(data="gone"), "--data: gone .* nor a folder"),
+    ("search", "--resume --out run", "args.json", facts(data=3), "args.json .*data is 3"),
+    ("search", "--resume --out run", "args.json", facts(data="/gone"), "--data: /gone .* nor a folder"),
     ("search", "--resume --out run", "args.json", facts(colour="red"), "colour: missing or unknown"),
     ("search", "--resume --out run", "args.json", facts(lr=[1, 2]), "args.json .*unrecognized"),
     ("search", "--resume --out run", "args.json", facts(lr=0.2), "last.pt .*its lr is 0.1, not 0.2"),
@@ -298,7 +298,7 @@ FILES = [
     ("plot", "run", "trained.json", text("[3]"), "trained.json is not what a run writes"),
     ("plot", "run", "args.json", text("[3]"), "args.json is not what a run writes"),
     ("plot", "run", "A1.json", block(op="conv"), "A1.json is not what a run writes"),
-    ("plot", "run", "log.jsonl", text('{"stage": 0, "st'), "log.jsonl is not JSON"),
+    ("plot", "run", "log.jsonl", text('{"stage": 0, "st'), "log.jsonl is not what a run writes"),
     ("plot", "run", "log.jsonl", ops(0.5, 0.6), "are not probabilities"),
     ("plot", "run", "log.jsonl", ops(0.5, 0.5), "not 8 operations"),
     ("search", "--out new", IMAGES, cut, "train-images-idx3-ubyte.gz: a broken gzip file"),
@@ -306,7 +306,7 @@ FILES = [
     ("search", "--out new", IMAGES, text("no gzip"), "train-images-idx3-ubyte.gz: a broken gzip file"),
     ("search", "--out new", IMAGES, lambda path: path.unlink(), "train-images-idx3-ubyte.gz"),
     ("search", "--out new", IMAGES, idx(lambda raw: b"\1" + raw[1:]), "not an idx file of 3 dimensions"),
-    ("search", "--out new", IMAGES, idx(lambda raw: raw[:-1]), "bytes are too few or too many"),
+    ("search", "--out new", IMAGES, idx(lambda raw: raw[:-1]), "not an idx file of 3 dimensions"),
     ("search", "--out new", LABELS, idx(lambda raw: raw[:-1] + b"\x0a"), "labels .*0 to 10.* not 0 to 9"),
     ("search", "--out new", LABELS, idx(lambda raw: raw[:4] + b"\0\0\0\x3b" + raw[8:-1]),
      "59 labels of 60 images"),
@@ -445,6 +445,5 @@ def test_a_folder_of_images_may_move_between_two_parts_of_a_run(tmp_path):
     (tmp_path / "args.json").write_text(json.dumps(settings))
     again = flags.search_arguments(["--resume", "--out", str(tmp_path), "--data", str(new)], "")
     assert again.data == str(new) and flags.same_run(again)["data"] == flags.same_run(args)["data"]
-    for argv, says in (([], "nor a folder"), (["--data", "fake"], "nor a folder")):
-        with pytest.raises(files.Refused, match=says):
-            flags.search_arguments(["--resume", "--out", str(tmp_path), *argv], "")
+    with pytest.raises(files.Refused, match="--data is fake, but the run in .* has a folder"):
+        flags.search_arguments(["--resume", "--out", str(tmp_path), "--data", "fake"], "")

@@ -7,6 +7,7 @@ is drawn is read back from the figures.
 """
 from machinery import results
 
+import functools
 import itertools
 import json
 import math
@@ -18,11 +19,12 @@ import numpy as np
 import pytest
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
 from matplotlib.path import Path
 from matplotlib.text import Annotation, Text
 
 import plot
-from space import CANDIDATES, SPACES, Arch
+from space import CANDIDATES, SPACES
 
 ACCURACIES = (0.5, 0.6, 0.7)
 NAME = "curriculum search, patterns, small space"
@@ -92,15 +94,10 @@ def test_error_bars_are_the_standard_deviation_over_seeds(unsaved, tmp_path):
     assert drawn(right)[NAME][0].get_xdata() == pytest.approx([0.100001, 0.200001])
 
 
-def test_one_run_has_no_error_bars(unsaved, tmp_path):
-    figure = plot.curve([make(tmp_path / "run")], tmp_path / "curve.png")
-    assert all(not bars for axis in figure.axes for _, bars in drawn(axis).values())
-    assert [t.get_text() for t in figure.legends[0].texts] == [f"{NAME}, n = 1"]
-
-
 def test_runs_are_averaged_only_if_they_differ_in_the_seed_alone(unsaved, tmp_path):
-    runs = [make(tmp_path / "a"), make(tmp_path / "b", 1, device="cuda"), make(tmp_path / "c", grow=False),
-            make(tmp_path / "d", method="direct"), make(tmp_path / "e", method="direct", data="cifar10")]
+    runs = [make(tmp_path / name, seed, (0.5,), **settings) for name, seed, settings in (
+        ("a", 0, {}), ("b", 1, {"device": "cuda"}), ("c", 0, {"grow": False}), ("d", 0, {"method": "direct"}),
+        ("e", 0, {"method": "direct", "data": "cifar10"}))]
     labels = [f"{NAME}, grow", f"{NAME}, no grow", "direct search, patterns, small space",
               "direct search, CIFAR-10, small space"]
     assert results.experiments(runs) == dict(zip(labels, (runs[:2], runs[2:3], runs[3:4], runs[4:])))
@@ -114,7 +111,7 @@ def test_runs_are_averaged_only_if_they_differ_in_the_seed_alone(unsaved, tmp_pa
 
 def test_where_words_cannot_tell_experiments_apart_the_folder_does(tmp_path):
     runs = [make(tmp_path / "a", epochs=[1, 1]), make(tmp_path / "b", epochs=[2, 2])]
-    assert list(results.experiments(runs)) == [f"{NAME} ({run})" for run in runs]
+    assert list(results.experiments(runs)) == [NAME, f"{NAME} ({runs[1]})"]
 
 
 def test_the_same_seed_twice_does_not_count_twice(unsaved, tmp_path):
@@ -132,6 +129,7 @@ def test_open_marks_for_the_supernets_weights_and_filled_for_trained(unsaved, tm
     run = make(tmp_path / "run", accuracies=(0.5, None, 0.7))                       # A1 was not measured
     trained(run, ("A2", 2, 3e6, 3e5, 0.9), ("A0", 0, 1e6, 1e5, 0.8))
     top, _, bottom, _ = plot.curve([run], tmp_path / "curve.png").axes
+    assert all(not bars for axis in (top, bottom) for _, bars in drawn(axis).values())      # of one seed
     for axis, points, filled in ((top, [(1, 80), (3, 90)], True), (bottom, [(1, 50), (3, 70)], False)):
         line, _ = drawn(axis)[NAME]
         assert line.get_xydata().ravel().tolist() == pytest.approx([x for point in points for x in point])
@@ -158,28 +156,30 @@ def test_other_networks_are_points_with_their_familys_mark_and_their_width(unsav
     runs = [make(tmp_path / "a"), make(tmp_path / "b", 1)]
     for run, more in zip(runs, ((("Other", 0, 3e6, 3e5, 0.87),), ())):
         trained(run, ("A0", 0, 1e6, 1e5, 0.8), ("MobileNetV2 x0.3", 0, 2e6, 2e5, 0.85), *more)
-    lines, others = results.curves(runs)
-    assert [list(line.points) for line in lines] == [["A0"], ["A0", "A1", "A2"]]
-    assert {name: points.tolist() for name, points in others.items()} == {"MobileNetV2 x0.3": [[2, 0.2, 85]],
-                                                                         "Other": [[3, 0.3, 87]]}
+    lines = results.curves(runs)
+    assert [(key, list(points)) for key, points in lines.items()] == [
+        ((NAME, True, "trained.json"), ["A0"]), ((NAME, True, "summary.json"), ["A0", "A1", "A2"]),
+        (("MobileNetV2", False, "trained.json"), ["MobileNetV2 x0.3"]),
+        (("Other", False, "trained.json"), ["Other"])]
+    assert list(lines.values())[2:] == [{"MobileNetV2 x0.3": [[2, 0.2, 85]]}, {"Other": [[3, 0.3, 87]]}]
     figure = plot.curve(runs, tmp_path / "curve.png")
     assert {"x0.3", "A0"} == {t.get_text() for t in figure.axes[0].texts}
     marks = {line.get_label().partition(",")[0]: line.get_marker()
              for line in figure.legends[0].legend_handles}
-    stars = {name: line.get_marker() for name, (line, _) in drawn(figure.axes[0]).items() if name in others}
-    assert stars == {"MobileNetV2 x0.3": marks["MobileNetV2"], "Other": marks["Other"]}
-    assert stars["Other"] != stars["MobileNetV2 x0.3"]
+    stars = {name: line.get_marker() for name, (line, _) in drawn(figure.axes[0]).items() if name != NAME}
+    assert stars == {"MobileNetV2": marks["MobileNetV2"], "Other": marks["Other"]}
+    assert stars["Other"] != stars["MobileNetV2"]
 
 
 def test_texts_of_the_curve_hide_nothing(unsaved, tmp_path):
     rng, runs = random.Random(0), []
     for n in range(6):
         accuracies = [0.4 + 0.1 * stage + rng.uniform(-0.05, 0.05) for stage in range(5)]
-        runs.append(make(tmp_path / str(n), n % 2, accuracies, method=f"method {n // 2}"))
+        runs.append(make(tmp_path / str(n), n % 2, (None,), method=f"method {n // 2}"))
         trained(runs[-1], *((f"A{s}", s, 1e6 + 1e6 * s, 1e5 + 1e5 * s, a) for s, a in enumerate(accuracies)),
                 ("MobileNetV3-small x0.35", 0, 4e6, 4e5, 0.42))
     figure = plot.curve(runs, tmp_path / "curve.png")
-    for axis in figure.axes:
+    for axis in figure.axes:                                        # two, of trained.json
         boxes = [t.get_window_extent() for t in axis.texts if isinstance(t, Annotation)]
         assert len(boxes) >= 5
         frame = axis.get_window_extent()
@@ -192,16 +192,15 @@ def test_texts_of_the_curve_hide_nothing(unsaved, tmp_path):
             assert not any(path.intersects_bbox(box, filled=False) for path in paths)
 
 
-@pytest.mark.parametrize("name, shown", [("$_a_b_c$", "$_a_b_c$"), ("_hidden", " _hidden"),
-                                         ("\udcff", "\\udcff"), ("a\nb", "a\nb")])
-def test_any_name_of_a_folder_can_be_drawn(name, shown, tmp_path, capsys):
-    run = make(tmp_path / name)
-    (run / "args.json").unlink()
-    trained(run, (f"{name} x0.5", 0, 1e6, 1e5, 0.8))
-    plot.main([str(run)])
-    assert str(tmp_path) in capsys.readouterr().out
-    legend = [t.get_text() for t in plot.curve([run], tmp_path / "curve.png").legends[0].texts]
-    assert legend == [f"{shown}, n = 1"] * 2
+def test_any_name_of_a_folder_or_a_network_can_be_drawn(unsaved, tmp_path):
+    names = {"$_a_b_c$": "$_a_b_c$", "_hidden": "_hidden", "\udcff": "\\udcff", "a\nb": "a\nb"}
+    runs = [make(tmp_path / name, accuracies=(n / 4,)) for n, name in enumerate(names)]
+    for run in runs:
+        (run / "args.json").unlink()
+    trained(runs[0], *((f"{name} x0.5", 0, 1e6, 1e5, n / 4) for n, name in enumerate(names)))
+    legend = [t.get_text() for t in plot.curve(runs, tmp_path / "curve.png").legends[0].texts]
+    assert legend[:4] == [f"{shown}, n = 1" for shown in names.values()]
+    assert sorted(legend[4:]) == sorted(legend[:4])
 
 
 def test_a_users_matplotlibrc_changes_nothing(tmp_path):
@@ -230,30 +229,42 @@ def test_no_number_beyond_reason_is_drawn(number, file, content, tmp_path, capsy
     assert not list(run.glob("*.png"))
 
 
-def test_texts_of_one_point_stand_apart_and_only_what_is_needed_may_hide_something():
-    axis = plot.blank(2, 2).add_subplot()
-    plot.place(axis, [(0.5, 0.5, "one", True), (0.5, 0.5, "two", True), (0.5, 0.5, "three", False)])
-    one, two = (text.get_window_extent() for text in axis.texts)
-    assert [text.get_text() for text in axis.texts] == ["one", "two"] and not one.overlaps(two)
+def test_texts_stand_apart_the_last_comes_first_and_what_has_no_place_is_left_out():
+    axis = Figure((3, 3)).add_subplot(xlim=(0, 1), ylim=(0, 1))
+    plot.place(axis, [(0.5, 0.5, "one", False), (0.5, 0.9, "x" * 60, True), (0.55, 0.5, "two", False)])
+    assert [text.get_text() for text in axis.texts] == ["two", "one"]
+    two, one = (text.get_window_extent() for text in axis.texts)
+    assert not one.overlaps(two)
+
+
+@pytest.mark.parametrize("needed", [False, True])
+def test_only_a_needed_text_may_cross_a_line(needed):
+    axis = Figure((3, 3)).add_subplot(xlim=(0, 1), ylim=(0, 1))
+    for y in np.arange(0.05, 1, 0.05):                              # nearer than a text is high
+        axis.plot([0, 1], [y, y])
+    plot.place(axis, [(0.5, 0.5, "name", needed)])
+    assert len(axis.texts) == needed
 
 
 def test_one_wide_network_does_not_leave_the_panel_empty(unsaved, tmp_path):
     run = make(tmp_path / "run")
     trained(run, ("A0", 0, 1e6, 1e5, 0.8), ("MobileNetV3 x1", 0, 2e6, 2e6, 0.85))
-    macs, parameters, *_ = plot.curve([run], tmp_path / "curve.png").axes
+    *_, macs, parameters = plot.curve([run], tmp_path / "curve.png").axes
     assert (macs.get_xscale(), parameters.get_xscale()) == ("linear", "log")
-    assert [parameters.xaxis.get_minor_formatter()(x, 0) for x in (0.2, 0.3, 0.5)] == ["0.2", "", "0.5"]
+    parameters.figure.draw_without_rendering()
+    ticks = (*parameters.xaxis.get_major_ticks(), *parameters.xaxis.get_minor_ticks())
+    assert {"0.1", "0.2", "0.5", "1", "2"} <= {tick.label1.get_text() for tick in ticks}
 
 
 def test_a_point_of_one_seed_says_so_among_means(unsaved, tmp_path):
     runs = [make(tmp_path / "a"), make(tmp_path / "b", 1, ACCURACIES[:2])]
     left, _ = plot.curve(runs, tmp_path / "curve.png").axes
-    assert [t.get_text() for t in left.texts] == ["A0", "A1", "A2 (n = 1)"]
+    assert [t.get_text() for t in left.texts] == ["A2 (n = 1)", "A1", "A0"]
 
 
 def test_no_text_stands_nearer_to_the_point_of_another_line():
-    axis = plot.blank(3, 3).add_subplot(xlim=(0, 1), ylim=(0, 1))
-    plot.place(axis, [(0.5, 0.5, "here", True), (0.53, 0.47, "", False)])    # where it would stand
+    axis = Figure((3, 3)).add_subplot(xlim=(0, 1), ylim=(0, 1))
+    plot.place(axis, [(0.5, 0.5, "here", True), (0.53, 0.47, "", False)])        # where it would stand
     note, = axis.texts
     (x, y), other = axis.transData.transform([(0.5, 0.5), (0.53, 0.47)])
     box = note.get_window_extent()
@@ -281,28 +292,12 @@ def test_architectures_are_the_files(unsaved, tmp_path):
     for stem, head in (grey[:2], grey[2:]):
         assert stem.get_x() < min(second) and head.get_x() > max(second)
     strides = sum(b["stride"] == 2 for b in chosen) + 2
-    assert sum(line.get_marker() == "v" for line in axis.lines) == strides
     words = [t.get_text() for t in axis.texts]
-    assert {"A0", "A1", "1.00 M MACs", "2.00 M MACs", "14×14", "7×7"} <= set(words)
-    assert sum(words[n:n + 2] == ["1×1", "256"] for n in range(len(words))) == 2
-    # Of the tables, .75 to 2.25 by .5: 1.25 x 16 gives 24, and .75 x 8 gives 8. 24 of 8 is none of theirs.
-    for block, expansion in zip(chosen, ("1", "3", "1", "1", "1.25", "3", "0.75")):
-        at = next(n for n in range(len(words)) if words[n:n + 3] == [f"{block['op'][4]}×{block['op'][4]}",
-                                                                     str(block["out"]), expansion])
-        del words[at:at + 3]
-
-
-def test_expansions_are_those_of_the_tables():
-    for space in SPACES["small"]:
-        for option, width in itertools.product((0, -1), repeat=2):
-            inputs = space.stem
-            for block in space.blocks:
-                n = range(len(block.expansions))[option]
-                hidden = block.hidden(inputs, n)
-                same = [e for k, e in enumerate(block.expansions) if block.hidden(inputs, k) == hidden]
-                arch = Arch("small", space.stage, 28, 1, 10, 16, 256, ())
-                assert plot.expansion(arch, (block.row, block.place), inputs, hidden) == f"{same[0]:g}"
-                inputs = block.widths[width]
+    assert [word for word in words if "▼" in word] == ["▼14", "▼7"] * 2 and strides == 4
+    assert {"A0", "A1", "1.00 M MACs", "2.00 M MACs"} <= set(words)
+    below = [f"{b['op'][4]}×{b['op'][4]}\n{b['out']}\n{b['hidden']}" for b in chosen]
+    stem, head = "3×3\n16\n", "1×1\n256\n"
+    assert [word for word in words if "×" in word] == [stem, *below[:3], head, stem, *below[3:], head]
 
 
 def test_the_operations_are_those_of_table_2():
@@ -319,10 +314,10 @@ def test_operations_differ_in_grey():
 
 
 def test_entropy():
-    assert results.entropy(uniform(8)) == pytest.approx(1)
-    assert results.entropy([0, 0, 1, 0]) == 0
-    assert results.entropy([0.5, 0.5, 0, 0, 0, 0, 0, 0]) == pytest.approx(1 / 3)
-    assert results.entropy([0.25, 0.75]) == pytest.approx(-(0.25 * math.log2(0.25) + 0.75 * math.log2(0.75)))
+    assert plot.entropy(uniform(8)) == pytest.approx(1)
+    assert plot.entropy([0, 0, 1, 0]) == 0
+    assert plot.entropy([0.5, 0.5, 0, 0, 0, 0, 0, 0]) == pytest.approx(1 / 3)
+    assert plot.entropy([0.25, 0.75]) == pytest.approx(-(0.25 * math.log2(0.25) + 0.75 * math.log2(0.75)))
 
 
 def test_alphas_are_the_log(unsaved, tmp_path):
@@ -338,15 +333,17 @@ def test_alphas_are_the_log(unsaved, tmp_path):
         {"stage": 0, "step": 10, "steps": 10, "alphas": [[10, end], [10, end]]},
         {"stage": 1, "step": 4, "steps": 4, "alphas": [[4, end]]})
     assert results.history(run) == {0: [(3, start), (5, start), (10, end)], 1: [(4, end)]}
-    below, *maps, _ = plot.alphas(run, tmp_path / "alphas.png").axes
+    *maps, below, _ = plot.alphas(run, tmp_path / "alphas.png").axes
     assert [axis.get_images()[0].get_array().tolist() for axis in maps] == [[sure, uniform(8)]] * 2
-    lines = {line.get_label(): line.get_xydata().tolist() for line in below.lines}
+    lines, later = {}, [[14, pytest.approx(0.5)]]                   # A1 begins where A0 ends
+    for line in below.lines:
+        if not line.get_label().startswith("_"):                    # of a vertical line
+            lines.setdefault(line.get_label(), []).append(line.get_xydata().tolist())
     falls = [[3, pytest.approx(1)], [5, pytest.approx(1)], [10, pytest.approx(0.5)]]
-    assert [lines[name] for name in ("op", "width", "expansion")] == 3 * [falls]    # one block alone expands
-    assert lines["_op"] == [[14, pytest.approx(0.5)]]              # A1 begins where A0 ends
+    assert lines == {"op": [falls, later], "width": [falls, later], "expansion": [falls, later]}
 
 
-def test_alphas_of_a_block_stay_in_its_row_and_new_blocks_and_derived_choices_are_marked(unsaved, tmp_path):
+def test_alphas_of_a_block_stay_in_its_row_and_derived_choices_are_marked(unsaved, tmp_path):
     run, sure = make(tmp_path / "run"), [1.0] + 7 * [0.0]
     small, large = SPACES["small"][:2]
     for n, space in enumerate((small, large)):
@@ -358,7 +355,7 @@ def test_alphas_of_a_block_stay_in_its_row_and_new_blocks_and_derived_choices_ar
         (run / f"A{n}.json").write_text(json.dumps(FACTS | {"stage": n, "blocks": chosen}))
     log(run, *({"stage": n, "step": 9, "alphas": [[9, [{"op": p} for _ in space.blocks]]]}
                for n, (space, p) in enumerate(((small, uniform(8)), (large, sure)))))
-    below, first, second, _ = plot.alphas(run, tmp_path / "alphas.png").axes
+    first, second, below, _ = plot.alphas(run, tmp_path / "alphas.png").axes
     rows = [(b.row, b.place) for b in large.blocks]
     kept = [rows.index((b.row, b.place)) for b in small.blocks]
     new, = set(range(6)) - set(kept)
@@ -366,9 +363,8 @@ def test_alphas_of_a_block_stay_in_its_row_and_new_blocks_and_derived_choices_ar
     assert values[kept].tolist() == [uniform(8)] * 5 and np.isnan(np.ma.filled(values[new], np.nan)).all()
     assert second.get_images()[0].get_array().tolist() == [sure] * 6
     assert [t.get_text() for t in first.get_yticklabels()] == [f"{r + 2}.{p + 1}" for r, p in rows]
-    assert [t.get_text() for t in second.get_yticklabels()] == ["+" if n == new else "" for n in range(6)]
-    rings = [[tuple(line.get_xydata()[0]) for line in axis.lines] for axis in (first, second)]
-    assert rings == [list(enumerate(kept)), [(n, n) for n in range(6)]]
+    rings = [axis.lines[0].get_xydata().tolist() for axis in (first, second)]
+    assert rings == [[[n, row] for n, row in enumerate(kept)], [[n, n] for n in range(6)]]
     dotted = [line for line in below.lines if line.get_linestyle() == ":"]
     assert [line.get_xydata().tolist() for line in dotted] == [[[18, 0]]]
 
@@ -383,7 +379,9 @@ def test_everything_can_be_read_in_print(tmp_path):
         assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_command_line(tmp_path, capsys):
+def test_command_line(monkeypatch, tmp_path, capsys):
+    for draw in (plot.curve, plot.architectures):
+        monkeypatch.setattr(plot, draw.__name__, functools.wraps(draw)(lambda what, path: path.touch()))
     runs = [make(tmp_path / "a"), make(tmp_path / "b", 1)]
     log(runs[0], {"stage": 0, "step": 5, "alphas": [[5, [{"op": uniform(8)}] * 3]]})
     plot.main([str(run) for run in runs])
@@ -399,7 +397,7 @@ def test_command_line(tmp_path, capsys):
 
 def test_a_log_of_other_networks_is_refused(tmp_path):
     log(make(tmp_path / "run"), {"stage": 0, "step": 5, "alphas": [[5, [{"op": uniform(8)}]]]})
-    with pytest.raises(ValueError, match="log.jsonl has 1 blocks of A0, but the network 3"):
+    with pytest.raises(ValueError, match="log.jsonl .*1 blocks of A0, which has 3"):
         plot.alphas(tmp_path / "run", tmp_path / "alphas.png")
 
 
@@ -407,7 +405,7 @@ def test_a_stage_that_has_not_ended_is_drawn_without_choices(unsaved, tmp_path):
     run, blocks = make(tmp_path / "run"), [{"op": uniform(8)}] * len(SPACES["small"][1].blocks)
     log(run, {"stage": 1, "step": 5, "alphas": [[5, blocks]]})
     (run / "A1.json").unlink()
-    _, axis, _ = plot.alphas(run, tmp_path / "alphas.png").axes
+    axis, _, _ = plot.alphas(run, tmp_path / "alphas.png").axes
     assert axis.get_images()[0].get_array().shape == (6, 8) and not axis.lines
 
 

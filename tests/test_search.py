@@ -126,7 +126,7 @@ def test_a_stage_is_trained_step_for_step_as_the_paper_says(taught, pieces, bad,
     if taught:
         teacher = Network(chosen(SPACE, [(2, 0, 0), (7, 1, 1), (4, 2, 1)])).double().requires_grad_(False)
         initialise(teacher, seeded(1))
-        teacher(loader.batch(parts[0][:64])[0])                           # its batch norm is not trivial
+        teacher(next(loader.ordered(parts[0][:64]))[0])                      # its batch norm is not trivial
         teacher.eval()
     args.epochs = [9, 9, 9, STEPS / (len(parts[0]) // args.batch_size), 9]
     backward, order = search.backward, [(k, n) for n in range(STEPS) for k in range(1 + (n % 5 == 4))]
@@ -358,7 +358,7 @@ def test_a_stage_grows_ends_in_its_network_and_teaches_the_next(tmp_path, monkey
             right = [network(x).argmax(1) == y for x, y in loader.ordered(parts[1])]
         assert summary[stage]["accuracy"] == pytest.approx(float(torch.cat(right).float().mean()))
         if stage == 0:
-            x = loader.batch(parts[1][:8])[0]
+            x = next(loader.ordered(parts[1][:8]))[0]
             if by == "supernet":                # on its most likely path, normalised by the batch
                 network = inherit(Network(likely), open_supernet(out, stage)).train()
             with torch.no_grad():
