@@ -168,7 +168,10 @@ def own_images(args, archs):
     wanted, ran = flags.DATA | {"seed": args.seed}, {}
     if (args.run_folder / "args.json").exists():
         ran = vars(flags.settings_of(args.run_folder))
-        if args.data in (None, ran["data"]) or not {args.data, ran["data"]} & set(data.NAMES):
+        if args.data not in (None, *data.NAMES) and ran["data"] not in data.NAMES and folder.is_same(
+                Path(args.data), ran["seed"], ran["classes"], args.run_folder):
+            ran["data"] = args.data                     # the run's images have moved
+        if args.data in (None, ran["data"]):
             wanted |= {key: ran[key] for key in ("data", "classes", "skip_broken", "seed")}
     wanted |= {key: getattr(args, key) for key in flags.DATA if getattr(args, key) is not None}
     wanted["own"] = all(wanted[key] == ran.get(key) for key in ("data", "classes"))
