@@ -21,7 +21,7 @@ WRONG = [
      "conv(y, self.depthwise, widest, kernel=kernel) * columns[:, None, None]"),
     ("1.3", ", kernel=kernel", ""),
     ("1.3", "if se:", "if True:"),
-    ("1.3", "else act(x)", "else x.relu_()"),
+    ("1.3", "else act(x)", "else act(x, inplace=True)"),
     ("1.3", "mask(squeezed, gates)", "None"),
     ("2.1", "first * (last / first) ** progress", "first + (last - first) * progress"),
     ("2.2", "+ pad_sequence(noise.split(sizes), batch_first=True).to(logits.device)", ""),

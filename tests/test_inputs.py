@@ -51,10 +51,10 @@ def cut(path):
 
 
 def flip(path):
-    """Every bit of twenty bytes in the middle."""
+    """Every bit of a hundred bytes in the middle: more than lie between two tensors of a file as padding."""
     raw = bytearray(path.read_bytes())
     middle = len(raw) // 2
-    raw[middle:middle + 20] = bytes(b ^ 255 for b in raw[middle:middle + 20])
+    raw[middle:middle + 100] = bytes(b ^ 255 for b in raw[middle:middle + 100])
     path.write_bytes(raw)
 
 
