@@ -26,11 +26,10 @@ def middle(weight, kernel):
 def conv(x, layer, outputs, columns=None, kernel=None):
     """The prefix of a convolution: the first `outputs` filters, over the channels that `x` (B, i, H, W) has.
 
-    `kernel` is the size of the filters' middle that is used (None: all of it). `columns` (i,) scales the
+    `kernel` is the size of the filters' middle that is used (None: all of them). `columns` (i,) scales the
     input channels of a 1x1 convolution; it is multiplied into the weights, which are far smaller than the
-    image. A 1x1 convolution is a matrix product over the pixels, and computed as one: it costs
-    the same for a width never seen before, whereas a convolution kernel is first generated for each new
-    shape.
+    image. A 1x1 convolution is a matrix product over the pixels, and computed as one: it costs the same for
+    a width never seen before, whereas a convolution kernel is first generated for each new shape.
     """
     bias = None if layer.bias is None else layer.bias[:outputs]
     if layer.kernel_size == (1, 1):
