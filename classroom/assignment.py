@@ -151,8 +151,8 @@ def grade(folder, task):
         return "not begun"
     with tempfile.TemporaryDirectory() as temporary:
         place, report = Path(temporary) / "graded", Path(temporary) / "report.xml"
-        for name in ("tests", "machinery"):
-            shutil.copytree(ROOT / name, place / name)
+        for part in ("tests", "machinery"):
+            shutil.copytree(ROOT / part, place / part)
         shutil.copy(ROOT / ".pytest.ini", place)
         for path in folder.glob("*.py"):
             shutil.copy(path, place)
