@@ -3,7 +3,7 @@
 The oracle is written from the paper's definitions, as textbook layers; the tools are PyTorch's own.
 """
 from machinery import export, files
-from machinery.decode import Decoder
+from machinery.decode import Folder
 
 import copy
 import io
@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import types
 import zipfile
 from pathlib import Path
 
@@ -259,10 +258,9 @@ def test_an_image_file_is_read_as_in_evaluation(tmp_path):
         image = Image.fromarray(noise)                                                          # RGBA
         (image if mode == "RGBA" else image.convert("RGB").convert(mode)).save(tmp_path / name, **options)
     names = [name.encode() for name in kinds]
-    decoder = Decoder(types.SimpleNamespace(root=str(tmp_path), names=names, labels=None, resolution=16,
-                                            crop=224 / 256))
+    folder = Folder(tmp_path, names, None, [], [], {}, "", 16, 0)
     for n, name in enumerate(kinds):
-        assert torch.equal(read_image(tmp_path / name, ARCH, 224 / 256)[0], decoder.image(n)), name
+        assert torch.equal(read_image(tmp_path / name, ARCH, 224 / 256)[0], folder.image(n, -1)), name
     grey = read_image(tmp_path / "grey.png", ARCH._replace(in_channels=1, resolution=37), 1.0)
     assert torch.equal(grey[0, 0], read_image(tmp_path / "grey.png", ARCH._replace(resolution=37), 1.0)[0, 0])
 
