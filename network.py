@@ -159,16 +159,16 @@ def whole(path):
         temporary.unlink(missing_ok=True)
 
 
-def save(file, network, mean, std, classes, accuracy, trained_on, crop=1.0):
+def save(file, network, statistics, classes, accuracy, trained_on, crop=1.0):
     """Write a trained `Network` to `file`, a path or a binary file, as what `load` reads.
 
-    mean, std: of the training images' pixels in [0, 1], a value a channel. classes: their names, in the
-    order of the logits. accuracy: in [0, 1]. trained_on: a dict for JSON. crop: the share of an image's
-    shorter side that the network sees, in the middle (224/256 in ImageNet's usual evaluation). ValueError,
-    and no file, if these do not fit the network.
+    statistics: mean and standard deviation of the training images' pixels in [0, 1], a value a channel.
+    classes: their names, in the order of the logits. accuracy: in [0, 1]. trained_on: a dict for JSON. crop:
+    the share of an image's shorter side that the network sees, in the middle (224/256 in ImageNet's usual
+    evaluation). ValueError, and no file, if these do not fit the network.
     """
-    facts = {"arch": network.arch.to_json(), "mean": torch.as_tensor(mean).flatten().tolist(),
-             "std": torch.as_tensor(std).flatten().tolist(), "classes": list(classes), "crop": crop,
+    mean, std = (torch.as_tensor(values).flatten().tolist() for values in statistics)
+    facts = {"arch": network.arch.to_json(), "mean": mean, "std": std, "classes": list(classes), "crop": crop,
              "accuracy": accuracy, "trained_on": json.loads(json.dumps(trained_on))}
     TrainedNetwork(facts)
     with contextlib.nullcontext(file) if hasattr(file, "write") else whole(file) as target:

@@ -264,7 +264,7 @@ def train_one(arch, images, test_images, parts, args, run):
         return evaluate(network, test_loader, parts[1])
     network = train(initial(arch, args).to(run.device), arch.stage, loader, parts[0], test, args, run)
     rows, content = run.state["rows"], io.BytesIO()
-    save(content, network, *statistics, images.class_names, rows[-1]["accuracy"], run.settings, images.crop)
+    save(content, network, statistics, images.class_names, rows[-1]["accuracy"], run.settings, images.crop)
     return content.getvalue(), rows
 
 

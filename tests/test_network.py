@@ -154,7 +154,7 @@ def test_it_drops_out_in_training_alone():
 # The one file
 
 MEAN, STD, CLASSES = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6], ["ant", "bee", "cow", "dog", "eel"]
-FACTS = {"mean": torch.tensor(MEAN).view(1, 3, 1, 1), "std": STD, "classes": CLASSES, "accuracy": 0.75,
+FACTS = {"statistics": (torch.tensor(MEAN).view(1, 3, 1, 1), STD), "classes": CLASSES, "accuracy": 0.75,
          "trained_on": {"data": "4 images", "seed": 3, "settings": {"lr": 0.2}}}
 
 
@@ -201,8 +201,9 @@ def test_other_pixels_are_refused(file, image, message):
 
 
 def test_a_file_that_does_not_fit_itself_is_refused_and_leaves_none(file, tmp_path):
-    for wrong in ({"classes": CLASSES[1:]}, {"mean": [0.5]}, {"std": [1.0] * 4}):
-        with pytest.raises(ValueError, match=f"{next(iter(wrong))} has . values, but the network needs"):
+    for name, wrong in (("classes", {"classes": CLASSES[1:]}), ("mean", {"statistics": ([0.5], STD)}),
+                        ("std", {"statistics": (MEAN, [1.0] * 4)})):
+        with pytest.raises(ValueError, match=f"{name} has . values, but the network needs"):
             save(tmp_path / "A3.net.pt", trained(), **FACTS | wrong)
     with pytest.raises(TypeError):
         save(tmp_path / "A3.net.pt", trained(), **FACTS | {"trained_on": {"seed": torch.ones(1)}})
