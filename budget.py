@@ -1,4 +1,4 @@
-"""The most likely network under a budget, exactly: dynamic programming over the widths (Viterbi).
+"""The most likely network within a budget, exactly, and one that spends it: dynamic programming (Viterbi).
 
 A network is a chain of choices, and what a block costs depends on its own choices and the width before it.
 So for a given penalty on a MAC the best network, the one of the largest log-likelihood - penalty x MACs, is
@@ -83,10 +83,11 @@ def most_likely(log_p, table, budget):
 
 
 def spend(log_p, table, budget, share=0.95):
-    """A likely `Solution` that spends a budget: at most all of it, and if any does, at least this share.
+    """A likely `Solution` that spends a budget: at most all of it, and at least this share if it can be.
 
     It is the most likely one within the budget, exactly, if that costs enough. Else cost is rewarded until
-    networks come near the budget: of the 256 best at this reward, it is the best that costs enough.
+    networks come near the budget: of the 256 best at this reward, it is the best that costs enough, or where
+    none does, the one that comes nearest at a reward.
     """
     solution = most_likely(log_p, table, budget)
     if solution.cost >= share * budget:
@@ -201,11 +202,11 @@ def choose_stage(spaces, budget, show, nearest=False):
 def alternatives(log_p, table, budget, count):
     """Up to `count` of the most likely `Solution`s near and within a budget, best first.
 
-    The first is by `spend`. The others are those that are best at the budget's penalty and lie within it. The
+    One is by `spend`. The others are those that are best at the budget's penalty and lie within it. The
     list at this penalty has networks on both sides of the budget, and grows until enough lie within.
     """
     first = spend(log_p, table, budget)
-    least = min(0.95 * budget, first.cost)                               # what is left over buys nothing
+    least = min(0.95 * budget, first.cost)                               # the others spend it as well
     free = viterbi(log_p, table, 0.0).cost
     low = -1e3 / budget if free < first.cost else 0.0                    # the first was rewarded for its cost
     penalty = 0.0 if free == first.cost else bisect(log_p, table, budget, low)[0]

@@ -1,11 +1,11 @@
-"""From a supernet to a network: its most likely one, or the most likely under any budget (Table 3).
+"""From a supernet to a network: its most likely one, or the most likely that spends any budget (Table 3).
 
     python derive.py runs/001                    # the last stage's most likely
     python derive.py runs/001 --flops 2M
     python derive.py runs/001 --latency 2ms      # measured here, for one image
 
 A network is a chain of choices, and what a block costs depends on its own choices and the width before it.
-So the most likely network under a budget is found exactly (budget.py).
+So the most likely network within a budget is found exactly, and one that spends it (budget.py).
 """
 from machinery import files, flags, folder, latency, processes
 from machinery.files import Refused
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from budget import alternatives, choose_stage, spend, viterbi
+from budget import alternatives, choose_stage, spend, viterbi, viterbi_list
 from flops import Layer, bounds, costs, each, macs, params
 from network import Network
 from ops import middle
@@ -55,7 +55,8 @@ def arch_of(supernet, options):
 
 def derive(supernet, flops=None):
     """The supernet's most likely network, as an `Arch`; with `flops`, the most likely that spends so many
-    MACs: at most all of them, and at least 95 % (`budget.spend`). ValueError if even the cheapest has more.
+    MACs: at most all of them, and at least 95 % if it can be (`budget.spend`). ValueError if even the
+    cheapest has more.
     """
     log_p, table = log_probabilities(supernet), space_costs(supernet)
     solution = spend(log_p, table, flops) if flops else viterbi(log_p, table, 0.0)
@@ -235,8 +236,8 @@ def front(supernets, points, accuracy):
 
 
 def under_budget(args, supernets, accuracy):
-    """(name of its file, `Arch`): the most likely network within the budget that `args` names, or without one
-    the last supernet's. Of args.refine likely ones it is the most accurate.
+    """(name of its file, `Arch`): the most likely network that spends the budget which `args` names, or
+    without one the last supernet's most likely. Of args.refine likely ones it is the most accurate.
     """
     budget = args.flops or args.params or args.latency
     if args.latency:
@@ -249,11 +250,12 @@ def under_budget(args, supernets, accuracy):
     else:
         supernets, show, name = supernets[-1:], str, f"A{supernets[-1].space.stage}-likely"
         tables = [space_costs(supernets[0])]
-    limit = budget or bounds(tables[0])[1]          # every network is within what the dearest costs
     spaces = list(zip(map(log_probabilities, supernets), tables))
-    which, solution = choose_stage(spaces, limit, show) if budget else (0, viterbi(*spaces[0], 0.0))
+    which, solution = choose_stage(spaces, budget, show) if budget else (0, viterbi(*spaces[0], 0.0))
     if args.refine > 1:
-        solutions = alternatives(*spaces[which], limit, args.refine)
+        log_p, table = spaces[which]
+        solutions = (alternatives(log_p, table, budget, args.refine) if budget else
+                     viterbi_list(log_p, table, 0.0, args.refine))
         accuracies = [report(supernets[which], s, accuracy)["accuracy"] for s in solutions]
         solution = solutions[accuracies.index(max(accuracies))]
         print("best:")

@@ -173,10 +173,10 @@ def movement(old, new, x):
     """By how much growth moved the logits of the largest network on images x, relative to the largest of
     them.
 
-    The largest over all candidates, in eval mode. Float rounding leaves about 1e-6 where growth is exact.
+    The largest over all candidates. Float rounding leaves about 1e-6 where growth is exact.
     """
     moved = []
     for op in range(len(CANDIDATES)):
-        before, after = (net.eval()(x, net.path([(op, -1, -1)] * len(net.blocks))) for net in (old, new))
+        before, after = (net(x, net.path([(op, -1, -1)] * len(net.blocks))) for net in (old, new))
         moved.append(float((after - before).abs().max() / before.abs().max()))
     return max(moved)

@@ -1,4 +1,4 @@
-"""The curriculum A0..A4 (Fig. 2): train a supernet, derive its network, grow it, let the old one teach.
+"""The curriculum A0..A4 (Fig. 2): train a supernet, derive its network, grow the supernet, and teach it.
 
     python search.py --stages 5
     torchrun --nproc_per_node 8 search.py --stages 5      # a process a GPU, each on its shard of every batch
@@ -34,7 +34,7 @@ WEIGHTS, ALPHAS, PATHS, GROWTH = range(4)   # what is drawn: with seed, stage an
 
 
 def search(args, images, out, run):
-    """Figure 2: train a supernet, derive its network, grow it, and let the old network teach the new one.
+    """Figure 2: train a supernet, derive its network, grow the supernet; the old one teaches the new one.
 
     Leaves A0.json, A0.pt, .. and summary.json in the folder `out`; returns the summary's rows, one a stage.
     """
@@ -67,7 +67,6 @@ def train_stage(supernet, teacher, loader, parts, args, run):
     w_batches = loader.shuffled(parts[0], args.seed, stage, WEIGHTS, start=start, shard=shard)
     start //= WEIGHTS_A_STEP
     alpha_batches = loader.shuffled(parts[1], args.seed, stage, ALPHAS, start=start, shard=shard)
-    supernet.train()
     for step in run.steps(steps, epoch_length, f"A{stage}", args.checkpoint_every):
         tau = temperature(step / steps)
         lam = distill.ratio(step / steps) if teacher else 0.0
@@ -133,7 +132,10 @@ def schedule(args, stage, parts):
 
 
 def previous(args, out, loader, parts, run):
-    """(supernet, teacher) of the stage before the one in which `run` goes on; (None, None) before A0."""
+    """(supernet, teacher) of the stage before the one in which `run` goes on; (None, None) before A0.
+
+    Every process reads them from the folder `out`, so on many machines it must be one that all see.
+    """
     stage = run.state["stage"] - 1
     if stage < 0 or args.method == "scaling":
         return None, None
@@ -146,6 +148,7 @@ def previous(args, out, loader, parts, run):
 
 def teacher_of(supernet, network, args):
     """Who teaches the next stage (Eq. 4), a function of images (B, C, H, W) -> logits (B, classes), or None.
+    network: needed for --teacher network alone.
 
     "Previous teacher SuperNet predictions": those of its most likely path, for which no budget is needed. Or
     those of the network that was derived from it, with batch-norm statistics of its own.
@@ -177,7 +180,7 @@ def finish_stage(run, out, arch, accuracy, supernet=None):
 
 def scale_up(args, out, run):
     """Fig. 5's compound scaling: the networks of the later stages are A0's in larger widths and depths."""
-    base = flags.read_arch(out / "A0.json")
+    base = processes.on_rank0(flags.read_arch, out / "A0.json")      # written by rank 0 a moment ago
     for stage in range(max(1, run.state["stage"]), args.stages):
         run.begin(stage)
         finish_stage(run, out, scale(base, stage, args.flops_target[stage]), None)
@@ -204,7 +207,7 @@ def dry_run(args, images, device):
         cost = flops.energy(seconds * steps, device, processes.world_size())
         total = [a + b for a, b in zip(total, cost)]
         lines.append(f"A{stage} {steps:>8} {seconds:>15.3f} {cost[0]:>9.3f} {cost[1]:>9.4f} {cost[2]:>10.4f}")
-        teacher = Network(derive(supernet)).to(device).eval() if args.distill else None
+        teacher = teacher_of(supernet, Network(derive(supernet)).to(device).eval(), args)
     lines.append(f"all{'':>25}{total[0]:>9.3f} {total[1]:>9.4f} {total[2]:>10.4f}")
     if args.space == "paper":
         lines.append("The paper: 456 hours of a V100, 135.96 kWh, 129.70 lb of CO2e (Table 4).")
@@ -218,6 +221,8 @@ def check(args, images):
                             "images of the architecture part")
     shape = images.channels, images.resolution, images.classes
     args.flops_target = args.flops_target or flops.targets(args.space, *shape)
+    if args.method == "scaling" and min(args.flops_target[:args.stages]) < args.flops_target[0]:
+        raise files.Refused("--method scaling makes A0's network larger: no --flops-target may be below A0's")
     for space, target in zip(SPACES[args.space][:args.stages], args.flops_target):
         flags.check_pixels(args, images.resolution, f"A{space.stage}", space.blocks)
         space = space._replace(resolution=images.resolution)

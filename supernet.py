@@ -37,8 +37,8 @@ def temperature(progress, first=5.0, last=0.1):  # task 2.1
 class MixedBlock(nn.Module):
     """One searchable block: the layers that its eight candidates share, and the logits of its three choices.
 
-    The candidates differ by what they are, and not by how often they were drawn: their weights learn in every
-    step. A choice with a single option (expansion 1 in row 2) has no logits.
+    The candidates differ by what they are, and not by how often they were drawn: all weights but those of
+    squeeze-excite learn in every step. A choice with a single option (expansion 1 in row 2) has no logits.
     """
 
     def __init__(self, block, inputs):
@@ -108,8 +108,8 @@ class SuperNet(nn.Module):
 
         Gumbel top-2: the two largest of logits + Gumbel noise are a draw without replacement from their
         softmax. All choices are drawn at once, padded to the longest, so that an accelerator is read only
-        once a step. The noise, -log of exponential draws, comes from the CPU's `generator`, so that every
-        device and process draws the same.
+        once for all of them. The noise, -log of exponential draws, comes from the CPU's `generator`, so that
+        every device and process draws the same.
         """
         alphas = self.alphas()
         sizes = [len(alpha) for alpha in alphas]

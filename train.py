@@ -7,8 +7,9 @@
 
 `train` is the recipe ("retraining"): SGD with Nesterov momentum, linear warm-up and a cosine to zero, label
 smoothing, weight decay of weight matrices alone, dropout before the classifier, an exponential moving average
-of the weights. The network of the last epoch counts: no model is selected on test images. What is trained is
-one file, A3.net.pt, which network.py loads, and runs on images: `python network.py A3.net.pt photo.jpg`.
+of the weights. Batch norm is measured anew after every epoch. The network of the last epoch counts: no model
+is selected on test images. What is trained is one file, A3.net.pt, which network.py loads and runs on images:
+`python network.py A3.net.pt photo.jpg`.
 """
 from machinery import export, files, flags, folder, processes
 from machinery.files import Refused
@@ -35,7 +36,7 @@ import flops
 import plot
 from derive import RECALIBRATION, evaluate, inherit, open_supernet, recalibrate
 from network import Network, load, save
-from supernet import initialise
+from ops import initialise
 
 # The paper says 180 epochs of ImageNet; the other values for it are common ones. Those for small images are
 # ours, chosen on the architecture part (--validate); an average over three epochs would only lag behind.
@@ -60,7 +61,7 @@ def train(network, stage, loader, index, test, args, run):
     matrices, vectors = ([p for p in network.parameters() if (p.dim() > 1) == wide] for wide in (True, False))
     sgd = torch.optim.SGD([{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors}],
                           args.lr, momentum=0.9, nesterov=True, fused=True)
-    average = AveragedModel(network, use_buffers=True) if args.ema else None
+    average = AveragedModel(network) if args.ema else None
     result = average.module if average else network
     epoch_length = len(index) // args.batch_size
     steps = args.epochs * epoch_length
@@ -90,8 +91,8 @@ def train(network, stage, loader, index, test, args, run):
                 average.update_parameters(network)
 
         if run.ends_epoch(step):
-            some = loader.shuffled(index, args.seed, stage, STATISTICS, epoch)
-            recalibrate(result, itertools.islice(some, RECALIBRATION))      # after few steps it lags behind
+            recalibrate(result, itertools.islice(                  # running statistics lag behind the weights
+                loader.shuffled(index, args.seed, stage, STATISTICS, epoch), RECALIBRATION))
             row = run.log({"epoch": epoch, "accuracy": test(result)})
             print(f"{args.name} epoch {epoch}: loss {row['loss']:.3f}, "
                   f"accuracy {100 * row['accuracy']:.2f} %, {row['seconds']:.0f} s", flush=True)

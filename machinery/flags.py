@@ -90,8 +90,8 @@ def search_parser(description):
                    help="who speaks in Eq. 4: the previous supernet on its most likely path, or the network "
                    "derived from it (supernet)")
     g.add_argument("--widen", choices=("eq3", "split", "zero", "naive"), default="eq3",
-                   help="how new channels are consumed: by Eq. 3, or not at first, which preserves every "
-                   "old sub-network; or random, as in --method naive (eq3)")
+                   help="how new channels are consumed: by Eq. 3; by it with random shares (split); not at "
+                   "first, which preserves every old sub-network (zero); or as in --method naive (eq3)")
     g.add_argument("--flops-target", nargs="+", type=amount, metavar="F",
                    help="MACs of each stage's network, as in 0.9M, or off (Table 3; for our space the like)")
     g = p.add_argument_group("data and training", "(defaults in the paper's space; in ours)")
@@ -209,7 +209,7 @@ def kept(args):
 
 def same_run(args):
     """Of `kept`, what must be the same when a run is gone on with. A folder of images may have moved: what is
-    in it must be the same, which `folder.record` looks at.
+    in it must be the same, which `folder.unchanged` looks at.
     """
     same = {key: value for key, value in kept(args).items() if key not in FREE}
     return same | {"data": args.data if args.data in data.NAMES else "a folder"}

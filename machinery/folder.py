@@ -209,7 +209,10 @@ def unchanged(images, run):
 
 def is_same(root, seed, classes, run):
     """Whether `root` has the images that the search in the folder `run` began with, wherever they lay."""
-    _, parts, _ = list_images(root, seed, classes)
+    try:
+        _, parts, _ = list_images(root, seed, classes)
+    except (Refused, OSError):
+        return False
     return notes(run / "split.json").get("files") == identity(root, parts["train"])
 
 

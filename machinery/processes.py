@@ -1,7 +1,7 @@
 """Several processes on one search or training: torchrun starts them, torch.distributed carries the messages.
 
 All compute, each on its shard of every batch; rank 0 alone prints and writes. Without torchrun there is one
-process, and nothing here does anything.
+process, which is rank 0.
 """
 from machinery import files
 

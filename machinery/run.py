@@ -1,5 +1,5 @@
-"""A long run between two steps: it goes on after a kill to the last bit, ends its step at a signal, is one of
-many processes, leaves out steps whose numbers are not finite, counts, and logs.
+"""What stands between two steps of a long run: checkpoints, from which it goes on to the last bit after a
+kill; signals, other processes, steps whose numbers are not finite, means, and the log.
 
 The loop that it carries holds the method, and reads as if none of this were there:
 
@@ -114,12 +114,12 @@ class Run:
         """Whether the step can be taken: gradients and `metrics` become their means over all processes, and
         all must be finite.
 
-        metrics: (2,), loss and accuracy of this step, which are counted under `kind`. SystemExit if too many
-        steps of the stage were not finite.
+        metrics: loss, and accuracy if there is one, of this step, (1,) or (2,); counted under `kind`.
+        SystemExit if too many steps of the stage were not finite.
         """
         metrics, = processes.all_reduce_mean(parameters, metrics)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if torch.isfinite(metrics.sum() + norm):    # the one number that is read from the device in each step
+        if torch.isfinite(metrics.sum() + norm):    # read from the device in every step
             total, count = self.state["metrics"].get(kind, (0, 0))
             self.state["metrics"][kind] = total + metrics, count + 1
             return True
