@@ -7,10 +7,13 @@ from machinery import files
 
 import atexit
 import contextlib
+import functools
 import itertools
 import multiprocessing
 import os
 import signal
+import threading
+import time
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -40,13 +43,21 @@ class Inputs(Dataset):
         return x
 
 
-def leave_signals(worker):
-    """A worker ignores Ctrl-C and SIGTERM, which the main process obeys in its own time, and does not hold
-    the lock of the run's folder.
+def begin(main, worker):
+    """A worker ignores Ctrl-C and SIGTERM, which the main process `main` (its pid) obeys in its own time, does
+    not hold the lock of the run's folder, and ends with the main process.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     files.unlock()
+    threading.Thread(target=end_with, args=[main], daemon=True).start()
+
+
+def end_with(main):
+    """DataLoader's workers look for their parent too, but wait for ever if it died before they first looked."""
+    while os.getppid() == main:
+        time.sleep(1)
+    os._exit(1)
 
 
 def work(function, inputs, count):
@@ -61,8 +72,8 @@ def work(function, inputs, count):
         yield from map(function, inputs)
         return
     loader = DataLoader(Inputs(), batch_size=None, sampler=inputs, num_workers=count, timeout=PATIENCE,
-                        collate_fn=function, worker_init_fn=leave_signals, prefetch_factor=AHEAD,
-                        generator=torch.Generator())
+                        collate_fn=function, prefetch_factor=AHEAD, generator=torch.Generator(),
+                        worker_init_fn=functools.partial(begin, os.getpid()))
     try:
         with contextlib.ExitStack() as stack:             # there are descriptors for its pipes
             for _ in range(8 * count):

@@ -13,6 +13,7 @@ import resource
 import select
 import signal
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -103,8 +104,19 @@ def test_too_few_file_descriptors_are_told():
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_workers_end_with_the_main_process(number):
-    """The writing end of a pipe is open as long as any of them lives."""
+@pytest.mark.parametrize("started", [True, False])
+def test_workers_end_with_the_main_process(number, started, monkeypatch):
+    """The writing end of a pipe is open as long as any of them lives; the main process dies when each has
+    answered, or before any has looked who started it.
+    """
+    def begin(main, worker, begin=workers.begin):
+        if not started:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(main, number)
+            while os.getppid() == main:
+                time.sleep(0.01)
+        begin(main, worker)
+    monkeypatch.setattr(workers, "begin", begin)
     reading, writing = os.pipe()
     main = os.fork()
     if not main:
