@@ -123,28 +123,28 @@ def by_hand(stage):
 # ------------------------------------------------------------------ what takes time
 
 @functools.cache
-def loader_of(batch_size):
+def loader_of(batch_size, device):
     """(loader of Fashion-MNIST's training images, its 5/6 and 1/6 by split 0)."""
     images = data.load("fashion", "train")
     parts = data.split(images.labels, 0)
-    return data.Loader(images, images.statistics(parts[0]), batch_size, torch.device("cpu")), parts
+    return data.Loader(images, images.statistics(parts[0]), batch_size, device), parts
 
 
-def train_network(arch_json, seed, epochs):
-    """A row of networks.jsonl: a network trained with a seed for so many epochs."""
+def train_network(arch_json, seed, epochs, device="cpu"):
+    """A row of networks.jsonl: a network trained with a seed for so many epochs, in float32."""
     torch.set_num_threads(1)
-    arch = Arch.from_json(arch_json)
-    args = train.parser().parse_args(["-", "--epochs", str(epochs), "--seed", str(seed)])
-    args = train.completed(args, arch, f"A{arch.stage}", torch.device("cpu"))
-    loader, parts = loader_of(args.batch_size)
-    network, clock = Network(arch), time.perf_counter()
+    arch, device = Arch.from_json(arch_json), torch.device(device)
+    args = train.parser().parse_args(["-", "--epochs", str(epochs), "--seed", str(seed), "--no-autocast"])
+    args = train.completed(args, arch, f"A{arch.stage}", device)
+    loader, parts = loader_of(args.batch_size, device)
+    network, clock = Network(arch).to(device), time.perf_counter()
     initialise(network, data.generator(seed, arch.stage, train.INITIAL))
-    run = Run(None, {}, torch.device("cpu"), most_skipped=0)
+    run = Run(None, {}, device, most_skipped=0)
     train.train(network, arch.stage, loader, parts[0], lambda network: 0.0, args, run)
     accuracy = evaluate(network, loader, parts[1])
     return {"stage": arch.stage, "seed": seed, "epochs": epochs, "accuracy": accuracy,
             "flops": flops.macs(arch), "params": flops.params(arch), "arch": arch_json,
-            "seconds": time.perf_counter() - clock}
+            "seconds": time.perf_counter() - clock, "device": device.type}
 
 
 def run_search(folder, seed, flags_of_search):
