@@ -44,14 +44,15 @@ def positions(arch):
 
 
 def expansions(arch):
-    """For each block the table's expansion that gives its hidden width, the least if several do, as text; or
-    "–" if none does: a network of compound scaling need not be one of its space.
+    """For each block the table's expansion that gives its hidden width, the least if several do, as text. If
+    one block has none, all have "–": the network is not one of its space, but of compound scaling.
     """
     spaces = SPACES.get(arch.space, ())[arch.stage:arch.stage + 1]
-    table = {(b.row, b.place): b for space in spaces for b in space.blocks}
+    table, found = {(b.row, b.place): b for space in spaces for b in space.blocks}, []
     for stand, inputs, b in zip(positions(arch), arch.inputs(), arch.blocks):
         options = enumerate(table[stand].expansions if stand in table else ())
-        yield next((f"{e:g}" for n, e in options if table[stand].hidden(inputs, n) == b.hidden), "–")
+        found.append(next((f"{e:g}" for n, e in options if table[stand].hidden(inputs, n) == b.hidden), "–"))
+    return ["–"] * len(found) if "–" in found else found
 
 
 def columns(archs):
@@ -105,8 +106,10 @@ def canvas(figure, width, height):
 
 def costs(run):
     """{"A0": "0.88 M MACs", ..} of a run's networks."""
-    return {name: f"{count:.{2 if count < 100 else 0}f} M MACs"
-            for name, _, count, *_ in results.measured(Path(run) / "summary.json")}
+    file = Path(run) / "summary.json"
+    with results.reading(file):
+        return {f"A{row['stage']}": f"{row['flops'] / 1e6:.{2 if row['flops'] < 1e8 else 0}f} M MACs"
+                for row in files.read_json(file, list)}
 
 
 @styled
@@ -179,7 +182,7 @@ def alphas(run, path):
                      if since[stand] == came and len(b.get(name, ())) > 1] for _, blocks in steps]
             if all(each):
                 axes[name].plot([done + step for step, _ in steps], [np.mean(some) for some in each],
-                                color=colour, label=f"A{came}")
+                                color=colour, label=f"A{came}", marker="o" if len(steps) == 1 else "")
     for name, words in CHOICES.items():
         axes[name].set(title=words, xlim=(0, ends[-1]), ylim=(0, 1.05), yticks=(0, 0.5, 1),
                        xlabel=f"{ends[-1]:,} weight steps")

@@ -280,7 +280,7 @@ def test_no_text_stands_nearer_to_the_point_of_another_line():
 
 
 def test_architectures_are_the_files(unsaved, tmp_path):
-    run = make(tmp_path / "run")
+    run = make(tmp_path / "run", accuracies=(0.5, None))
     figure = pictures.architectures(run, tmp_path / "a.png")
     axis, = figure.axes
     grey = [box for box in axis.patches if box.get_facecolor()[:3] == (0.85,) * 3]
@@ -300,13 +300,27 @@ def test_architectures_are_the_files(unsaved, tmp_path):
     words = [t.get_text() for t in axis.texts]
     assert [word for word in words if "▼" in word] == ["▼14", "▼7"] * 2 and strides == 4
     assert {"A0", "A1", "1.00 M MACs", "2.00 M MACs"} <= set(words)
-    # By hand from the small space's tables: of 16 channels 0.75 and 1.25 make 16 and 24, of 8 both make 8. A
-    # "–" is where no expansion makes such a width, or the row has no such block.
-    options = ("1", "–", "–", "1", "1.25", "–", "0.75")
-    below = [f"{b['op'][4]}×{b['op'][4]}\n{b['out']}\n{option}\n{b['hidden']}"
-             for b, option in zip(chosen, options)]
+    below = [f"{b['op'][4]}×{b['op'][4]}\n{b['out']}\n–\n{b['hidden']}" for b in chosen]
     stem, head = "3×3\n16\n\n", "1×1\n256\n\n"
     assert [word for word in words if "×" in word] == [stem, *below[:3], head, stem, *below[3:], head]
+
+
+def test_an_expansion_is_an_option_of_the_table():
+    """The options that are shown give the network; of those that rounding makes alike it is the least."""
+    rng = random.Random(0)
+    for space in (*SPACES["small"], *SPACES["paper"]):
+        choices = [(rng.randrange(8), rng.randrange(len(b.expansions)), rng.randrange(len(b.widths)))
+                   for b in space.blocks]
+        arch = space.arch(choices, 1, 10)
+        shown = [b.expansions.index(float(e)) for b, e in zip(space.blocks, pictures.expansions(arch))]
+        assert space.arch([(op, n, out) for (op, _, out), n in zip(choices, shown)], 1, 10) == arch
+        assert all(n <= chosen for (_, chosen, _), n in zip(choices, shown))
+    # By hand: of 16 channels 0.75 and 1.25 make 16 and 24, of 8 both make 8; of 32 none makes 40.
+    first = SPACES["small"][0].arch([(0, 0, 0), (0, 1, 0), (0, 1, 0), (0, 0, 0), (0, 3, 0)], 1, 10)
+    assert pictures.expansions(first) == ["1", "0.75", "1.25", "0.75", "3"]
+    *blocks, last = first.blocks
+    assert pictures.expansions(first._replace(blocks=(*blocks, last._replace(hidden=40)))) == ["–"] * 5
+    assert pictures.expansions(first._replace(space="another")) == ["–"] * 5
 
 
 def test_the_operations_are_those_of_table_2():
