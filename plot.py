@@ -9,8 +9,8 @@ curve.png          accuracy against MACs and parameters, of all runs. Those that
 architectures.png  the networks A0..A4 of the first run, a box a block, as high as its output is wide (stem
                    and head are cut); blocks of one row of the paper's tables stand together
 alphas.png         what the first run's supernets chose, and when. Above: probabilities of the operations at
-                   the end of each stage. Below: mean entropy of each choice, over the uniform distribution's;
-                   blocks are averaged with those of their age, and a line breaks where options are added
+                   the end of each stage. Below: mean entropy of each choice, over the uniform distribution's,
+                   a line for the blocks that came in the same stage; it breaks where the supernet grew
 search.gif         (--animate) the first run's search as a film of a few seconds
 """
 from machinery import files, flags, pictures, results
