@@ -11,18 +11,14 @@ import argparse
 import itertools
 import json
 import math
-import multiprocessing
-import os
-import random
 import re
 import resource
-import signal
 
 import pytest
 import tiny
 import torch
 from oracles import TINY, chosen, macs, seeded, settle, without_norm
-from test_run import Countdown, count_places
+from test_run import Countdown
 from test_train import rate
 
 import data
@@ -248,60 +244,6 @@ def test_a_finished_run_goes_on_with_another_stage(undisturbed, tmp_path):
     run(out, "--stages", "1")
     search.main(["--resume", "--out", str(out), "--stages", "2"])
     assert same(undisturbed, contents(out))
-
-
-def dies(flags, place):
-    """In a process of its own: a search that kills itself with SIGKILL at its n-th place."""
-    patch, left = pytest.MonkeyPatch(), [place]
-    tiny.shrink(patch)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-    def reached():
-        left[0] -= 1
-        if left[0] < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-    watch(patch, reached)
-    search.main(flags)
-
-
-def watch(patch, reached):
-    """Call `reached` at every place where a kill might harm: see `count_places`; and in every step."""
-    backward = search.backward
-    count_places(patch, reached)
-    patch.setattr(search, "backward", lambda *given: (reached(), backward(*given))[1])
-
-
-def killed(flags, place):
-    """Whether that happened. A fork of a process that has had to do with an accelerator could not compute."""
-    context = multiprocessing.get_context("spawn" if torch.accelerator.is_available() else "fork")
-    process = context.Process(target=dies, args=(flags, place))
-    process.start()
-    process.join()
-    assert process.exitcode in (0, -signal.SIGKILL)
-    return process.exitcode != 0
-
-
-def test_one_kill_after_another_changes_nothing(undisturbed, tmp_path):
-    """A chain of processes: each is killed at a place drawn by a seed, the next goes on."""
-    out, g, kills = tmp_path / "run", random.Random(0), 0
-    flags = [*SHORT, "--resume", "--out", str(out)]
-    while killed(flags, g.randrange(20, 60)):
-        kills += 1
-    assert kills >= 2 and same(undisturbed, contents(out))
-
-
-@pytest.mark.slow
-def test_a_kill_at_any_place_changes_nothing(undisturbed, tmp_path):
-    reached = []
-    with pytest.MonkeyPatch.context() as patch:
-        watch(patch, lambda: reached.append(1))
-        run(tmp_path / "counted")
-    for place in range(len(reached)):
-        out = tmp_path / str(place)
-        flags = [*SHORT, "--resume", "--out", str(out)]
-        assert killed(flags, place)
-        search.main(flags)
-        assert same(undisturbed, contents(out)), place
 
 
 def test_five_stages_grow_within_their_targets_and_files_are_there(tmp_path, monkeypatch, capsys):
