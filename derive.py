@@ -86,7 +86,8 @@ def inherit(network, supernet):  # task 5.2
 def recalibrate(network, batches):  # task 5.3
     """Measure the batch-norm statistics of `network` anew, as the mean over `batches` of (images, labels).
 
-    Returns it, in eval mode.
+    Of several processes each has batches of its own; the mean is over all of them. Returns the network, in
+    eval mode.
     """
     norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
     usual = [m.momentum for m in norms]
@@ -97,6 +98,9 @@ def recalibrate(network, batches):  # task 5.3
         network(x)
     for m, momentum in zip(norms, usual):
         m.momentum = momentum
+    found = [t for m in norms for t in (m.running_mean, m.running_var)]
+    for t, mean in zip(found, processes.all_reduce_mean([], *found)):
+        t.copy_(mean)
     return network.eval()
 
 
@@ -116,7 +120,8 @@ def evaluate_derived(arch, supernet, loader, parts, *position):
     of the training data and evaluated on the second. `position` seeds the order of the batches.
     """
     network = inherit(Network(arch).to(loader.device), supernet).requires_grad_(False)
-    recalibrate(network, itertools.islice(loader.shuffled(parts[0], *position), RECALIBRATION))
+    batches = loader.shuffled(parts[0], *position, shard=processes.shard())
+    recalibrate(network, itertools.islice(batches, RECALIBRATION))
     return network, evaluate(network, loader, parts[1])
 
 
@@ -187,6 +192,8 @@ def parser():
                    help="the front: N networks from the cheapest to the dearest, each measured (2 to 1000)")
     p.add_argument("--refine", type=flags.number(int, 1, 1000), default=1, metavar="N",
                    help="measure N likely networks near the budget and take the best (1: none)")
+    p.add_argument("--data", type=flags.data_name, metavar="DIR",
+                   help="where the run's images are now, if they have moved")
     p.add_argument("--out", type=Path, metavar="FILE", help="the JSON file (in the run's folder)")
     return p
 
@@ -203,7 +210,7 @@ def main(argv=None):
     supernets = [open_supernet(args.run, k) for k in stages]
     if not supernets:
         raise Refused(f"{args.run} has no A{args.stage or 0}.pt: no such stage was finished")
-    accuracy = evaluator(args.run) if args.points or args.refine > 1 else None
+    accuracy = evaluator(args.run, args.data) if args.points or args.refine > 1 else None
     if args.points:
         name, text = "points", json.dumps(front(supernets, args.points, accuracy), indent=1) + "\n"
     else:
@@ -216,9 +223,14 @@ def main(argv=None):
     print(f"written: {path}")
 
 
-def evaluator(run):
-    """A function (supernet, arch) -> accuracy on the architecture part of the run's images."""
-    args = flags.settings_of(run)
+def evaluator(run, moved):
+    """A function (supernet, arch) -> accuracy on the validation split of the search in the folder `run`.
+
+    moved: --data, or None. Refused if the run's images are not there.
+    """
+    args = flags.settings_of(run, moved)
+    if moved not in (None, args.data):
+        raise Refused(f"--data: the run's images are {args.data}, and {moved} does not hold the same")
     images = flags.load_images(args, "train", run)
     folder.unchanged(images, run)
     parts = data.split(images.labels, args.seed)

@@ -91,8 +91,8 @@ def train(network, stage, loader, index, test, args, run):
                 average.update_parameters(network)
 
         if run.ends_epoch(step):
-            recalibrate(result, itertools.islice(                  # running statistics lag behind the weights
-                loader.shuffled(index, args.seed, stage, STATISTICS, epoch), RECALIBRATION))
+            again = loader.shuffled(index, args.seed, stage, STATISTICS, epoch, shard=shard)
+            recalibrate(result, itertools.islice(again, RECALIBRATION))     # statistics lag behind weights
             row = run.log({"epoch": epoch, "accuracy": test(result)})
             print(f"{args.name} epoch {epoch}: loss {row['loss']:.3f}, "
                   f"accuracy {100 * row['accuracy']:.2f} %, {row['seconds']:.0f} s", flush=True)
@@ -108,7 +108,10 @@ def initial(arch, args):
     initialise(network, data.generator(args.seed, arch.stage, INITIAL))
     if args.init == "inherit":
         supernet = open_supernet(args.run_folder, arch.stage)
+        ends = supernet.stem.in_channels, supernet.classifier.out_features
         try:
+            if (arch.in_channels, arch.classes) != ends:            # of which a part would be copied
+                raise ValueError
             inherit(network, supernet)
         except (RuntimeError, ValueError):              # more channels than the supernet has, or more blocks
             raise Refused(f"the network is no part of the supernet in {args.run_folder}/A{arch.stage}.pt, so "
@@ -168,10 +171,7 @@ def own_images(args, archs):
     """
     wanted, ran = flags.DATA | {"seed": args.seed}, {}
     if (args.run_folder / "args.json").exists():
-        ran = vars(flags.settings_of(args.run_folder))
-        if args.data not in (None, *data.NAMES) and ran["data"] not in data.NAMES and folder.is_same(
-                Path(args.data), ran["seed"], ran["classes"], args.run_folder):
-            ran["data"] = args.data                     # the run's images have moved
+        ran = vars(flags.settings_of(args.run_folder, args.data))
         if args.data in (None, ran["data"]):
             wanted |= {key: ran[key] for key in ("data", "classes", "skip_broken", "seed")}
     wanted |= {key: getattr(args, key) for key in flags.DATA if getattr(args, key) is not None}

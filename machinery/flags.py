@@ -231,8 +231,12 @@ def argv_of(settings):
     return argv
 
 
-def settings_of(run):
-    """The arguments of the search that left args.json in the folder `run`. Refused if they are not such."""
+def settings_of(run, images=None):
+    """The arguments of the search that left args.json in the folder `run`. Refused if they are not such.
+
+    images: a value of --data. If it is a folder to which the run's images have moved, it takes the place of
+    the one in args.json.
+    """
     file = run / "args.json"
     settings = files.read_json(file)
     try:
@@ -242,6 +246,9 @@ def settings_of(run):
                 raise Refused(f"{key} is {value!r}, not {getattr(args, key)!r}")
     except Refused as error:
         raise Refused(f"{file} is not what a run writes ({error})") from None
+    if images and not {images, args.data} & set(data.NAMES) and folder.is_same(
+            Path(images), args.seed, args.classes, run):
+        args.data = images
     return args
 
 

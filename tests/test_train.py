@@ -211,6 +211,11 @@ def test_inherited_weights_are_of_a_network_that_the_supernet_has(searched, tmp_
         (tmp_path / "A0.json").write_text(json.dumps(found | {"blocks": blocks}))
         refused(train.main, [str(tmp_path / "A0.json"), *FAST, "--init", "inherit"],
                 f"the network is no part of the supernet in {tmp_path}/A0.pt", capsys)
+    args = argparse.Namespace(run_folder=searched, init="inherit", dropout=0.0, seed=0)
+    arch = Arch.from_json((searched / "A0.json").read_text())
+    for more in ({"in_channels": 3}, {"classes": 9}):       # one filter would serve all; a class would go
+        with pytest.raises(files.Refused, match="no part of the supernet"):
+            train.initial(arch._replace(**more), args)
 
 
 def test_a_piece_of_one_pixel_is_refused(tmp_path, monkeypatch, capsys):
