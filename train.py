@@ -16,6 +16,7 @@ from machinery.files import Refused
 from machinery.flags import number
 from machinery.results import curves
 from machinery.run import Run
+from machinery.workers import cores, end_with
 
 import argparse
 import contextlib
@@ -23,8 +24,10 @@ import io
 import itertools
 import json
 import math
+import multiprocessing.connection
 import os
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -145,6 +148,8 @@ def parser():
     g.add_argument("--out", type=Path, metavar="DIR", help="folder of the results (the network's)")
     g.add_argument("--resume", action="store_true",
                    help="go on where the last training ended; skip what is trained")
+    g.add_argument("--jobs", type=number(int, 1, 64), default=1, metavar="N",
+                   help="train N networks side by side, a core each (1)")
     flags.run_flags(g)
     return p
 
@@ -192,6 +197,8 @@ def check(args, archs, images):
             raise Refused(f"--init inherit needs the supernet's weights, {weights}")
     if args.validate and (args.resume or args.export):
         raise Refused("--validate writes nothing, and goes on with nothing: not with --resume or --export")
+    if args.jobs > 1 and (args.validate or processes.world_size() > 1):
+        raise Refused("--jobs trains a run's networks side by side: not with --validate or torchrun")
     if args.export and len(archs) > 1:
         raise Refused("--export writes one network: name its ARCH.json")
     curves([args.out])            # which the curve at the end will be drawn of
@@ -269,8 +276,11 @@ def train_one(arch, images, test_images, parts, args, run):
     return content.getvalue(), rows
 
 
-def train_all(args, archs, images, test_images, device, signals):
-    """Train each of `archs` that is not trained yet, and write it and the results into args.out."""
+def train_all(args, archs, images, test_images, device, signals, write=True):
+    """Train each of `archs` that is not trained yet, and write it and the results into args.out.
+
+    write: False leaves each in its last checkpoint, from which another call goes on, and writes it.
+    """
     parts = torch.arange(len(images.labels)), torch.arange(len(test_images.labels))
     if args.validate:
         parts = data.split(images.labels, args.split_seed)
@@ -282,13 +292,14 @@ def train_all(args, archs, images, test_images, device, signals):
         settings = {key: getattr(given, key) for key in SETTINGS} | {"network": arch.to_json()}
         path, checkpoint = args.out / f"{given.name}.net.pt", args.out / f"{given.name}.last.pt"
         if not args.validate and processes.on_rank0(is_trained, given, settings):
-            print(f"{given.name} is trained: {path}", flush=True)
+            if write:
+                print(f"{given.name} is trained: {path}", flush=True)
             continue
         run = Run(None if args.validate else checkpoint, settings, device, signals, most_skipped=0)
         if args.resume:
             run.resume()
         content, epochs = train_one(arch, images, test_images, parts, given, run)
-        if args.validate or processes.rank():
+        if args.validate or processes.rank() or not write:
             continue                                        # of many processes rank 0 writes
         files.write(path, content)
         enter(args.out / "trained.json", {
@@ -297,9 +308,47 @@ def train_all(args, archs, images, test_images, device, signals):
             "seed": args.seed, "epochs": epochs})
         checkpoint.unlink()
         print(f"{given.name} is trained: {path}", flush=True)
-    if processes.rank() == 0 and not args.validate and (args.out / "summary.json").exists():
+    if write and processes.rank() == 0 and not args.validate and (args.out / "summary.json").exists():
         plot.curve([args.out], args.out / "curve.png")
         print(f"curve: {args.out / 'curve.png'}")
+
+
+def train_side_by_side(args, archs, wanted, signals):
+    """Train `archs` to their last checkpoints, args.jobs at a time, each in a process of its own.
+
+    SystemExit if a signal has come or a process has failed, when the others have saved theirs and ended.
+    """
+    context, waiting = multiprocessing.get_context("spawn"), list(archs.items())
+    running, status = [], 0
+    while running or waiting and not status:
+        if waiting and len(running) < args.jobs and not status:
+            given = args, dict([waiting.pop(0)]), wanted, os.getpid()
+            running.append(context.Process(target=job, args=[given]))
+            running[-1].start()
+            continue
+        multiprocessing.connection.wait([process.sentinel for process in running], timeout=1)
+        codes = [process.exitcode for process in running]
+        running = [process for process, code in zip(running, codes) if code is None]
+        status = status or (128 + signals[0] if signals else next(filter(None, codes), 0))
+        for process in running if status else ():
+            process.terminate()
+    if status < 0:
+        raise SystemExit("one of the --jobs was killed, of too little memory perhaps; --resume goes on")
+    if status:
+        raise SystemExit(status)
+
+
+@flags.command
+def job(given):
+    """One process of `train_side_by_side`; it has one thread, and ends with its parent."""
+    args, archs, wanted, parent = given
+    threading.Thread(target=end_with, args=[parent], daemon=True).start()
+    torch.set_num_threads(1)
+    with processes.catch_signals() as signals:
+        with contextlib.redirect_stdout(None):
+            images, test_images = (flags.load_images(wanted, part, args.out) for part in ("train", "test"))
+        device = processes.choose_device(args.device)
+        train_all(args, archs, images, test_images, device, signals, write=False)
 
 
 @flags.command
@@ -324,6 +373,10 @@ def main(argv=None):
         if not args.validate:
             folder.record(images, args.out)
             folder.record(test_images, args.out)
+        if args.jobs > 1:
+            wanted.workers = max(1, cores() // args.jobs) if wanted.workers is None else wanted.workers
+            train_side_by_side(args, archs, wanted, signals)
+            args.resume = True                  # from the checkpoints that they have left
         train_all(args, archs, images, test_images, device, signals)
     if args.export:
         path = args.out / f"{label(*archs, args)}.net.pt"

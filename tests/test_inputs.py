@@ -183,6 +183,8 @@ FLAGS = [
      "--validate writes nothing, .* not with --resume or --export"),
     ("train", "run/A0.json --validate --export net.pt2", "--validate writes nothing, .* not with --resume"),
     ("train", "run/A0.json --export nowhere/net.pt2", "--export nowhere/net.pt2: there is no folder nowhere"),
+    ("train", "run --jobs 0", "--jobs: 0 is not a number of at least 1"),
+    ("train", "run --jobs 2 --validate", "--jobs .* not with --validate or torchrun"),
     ("train", "run/A0.json --seed -1", "--seed: .* at least 0"),
     ("train", "run/A0.json --device abacus", "--device abacus"),
     ("train", "run/A0.json --out run/A0.json", "--out run/A0.json: File exists"),

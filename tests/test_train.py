@@ -8,6 +8,7 @@ from machinery import files, latency
 from machinery.run import Run
 
 import argparse
+import contextlib
 import copy
 import json
 import math
@@ -17,6 +18,7 @@ import pytest
 import tiny
 import torch
 from oracles import TINY, chosen, seeded, without_norm
+from test_run import Countdown
 
 import data
 import derive
@@ -109,6 +111,31 @@ def searched(tiny_world, tmp_path_factory):
 def hasty(monkeypatch):
     """Latencies need not be right here."""
     monkeypatch.setattr(latency, "ROUNDS", 1)
+
+
+LOAD, MANY = data.load, train.RECALIBRATION         # what a process of its own has, without the tiny world
+
+
+@pytest.mark.parametrize("looks", [None, pytest.param(4, marks=pytest.mark.slow)])
+def test_networks_trained_side_by_side_are_those_trained_one_by_one(searched, tmp_path, monkeypatch, looks):
+    """looks: at the signals, until there is one; the same command then goes on."""
+    monkeypatch.setattr(data, "load", LOAD)
+    monkeypatch.setattr(train, "RECALIBRATION", MANY)
+    argv = [str(searched), "--epochs", "1", "--ema", "0.9", "--device", "cpu", "--resume", "--out"]
+    train.main([*argv, str(tmp_path / "one")])
+    argv += [str(tmp_path / "two"), "--jobs", "2"]
+    if looks:
+        stop = contextlib.nullcontext(Countdown(looks))
+        with monkeypatch.context() as patch:
+            patch.setattr(train.processes, "catch_signals", lambda: stop)
+            with pytest.raises(SystemExit) as stopped:
+                train.main(argv)
+        assert stopped.value.code == 143 and not list((tmp_path / "two").glob("*.net.pt"))
+    train.main(argv)
+    assert trained(tmp_path / "one") == trained(tmp_path / "two")
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {"A0.net.pt", "A1.net.pt", "trained.json"}
+    for name in ("A0.net.pt", "A1.net.pt"):
+        assert equal(load(tmp_path / "one" / name), load(tmp_path / "two" / name))
 
 
 def trained(out):
