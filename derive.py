@@ -178,7 +178,7 @@ def open_supernet(run, stage):
 
 
 def parser():
-    p = flags.Parser("derive.py", __doc__)
+    p = flags.Parser("derive.py", __doc__, "derive.py RUN [flags]")
     p.add_argument("run", type=Path, metavar="RUN", help="folder of a search")
     p.add_argument("--stage", type=int, choices=range(5),
                    help="one of A0..A4 (all that the run has; without a budget its last)")
@@ -295,7 +295,7 @@ def report(supernet, solution, accuracy=None):
     row = {"stage": arch.stage, "flops": macs(arch), "params": params(arch),
            "log_likelihood": solution.log_likelihood, "accuracy": accuracy and accuracy(supernet, arch),
            "arch": json.loads(arch.to_json())}
-    measured = f"  {100 * row['accuracy']:5.1f} % of the architecture part" if accuracy else ""
+    measured = f"  {100 * row['accuracy']:5.1f} % on the validation split" if accuracy else ""
     print(f"A{arch.stage}  {row['flops'] / 1e6:8.3f} M MACs  {row['params'] / 1e6:7.3f} M parameters  "
           f"log-likelihood {solution.log_likelihood:8.2f}{measured}", flush=True)
     return row

@@ -1,15 +1,12 @@
 """Training a derived network, or all of a run, from scratch or from the supernet's weights (Experiments).
 
-    python train.py runs/001                     # A0.json, A1.json, .. of a run, then the curve
-    python train.py runs/001 --init inherit      # from the supernet's weights
+    python train.py runs/001                        # A0.json, A1.json, .. of a run, then the curve
+    python train.py runs/001 --init inherit         # from the supernet's weights
     python train.py runs/001/A3.net.pt --export A3.onnx
     torchrun --nproc_per_node 8 train.py runs/001   # a process a GPU, each on its shard of every batch
 
-`train` is the recipe ("retraining"): SGD with Nesterov momentum, linear warm-up and a cosine to zero, label
-smoothing, weight decay of weight matrices alone, dropout before the classifier, an exponential moving average
-of the weights. Batch norm is measured anew after every epoch. The network of the last epoch counts: no model
-is selected on test images. What is trained is one file, A3.net.pt, which network.py loads and runs on images:
-`python network.py A3.net.pt photo.jpg`.
+What is trained is one file, A3.net.pt: `python network.py A3.net.pt photo.jpg`. No model is selected on test
+images: the network of the last epoch counts.
 """
 from machinery import export, files, flags, folder, processes
 from machinery.files import Refused
@@ -42,7 +39,7 @@ from network import Network, load, save
 from ops import initialise
 
 # The paper says 180 epochs of ImageNet; the other values for it are common ones. Those for small images are
-# ours, chosen on the architecture part (--validate); an average over three epochs would only lag behind.
+# ours, chosen on the validation split (--validate); an average over three epochs would only lag behind.
 DEFAULTS = {"paper": {"epochs": 180, "batch_size": 1024, "lr": 0.4, "dropout": 0.2, "ema": 0.9999},
             "small": {"epochs": 3, "batch_size": 64, "lr": 0.2, "dropout": 0.0, "ema": 0.0}}
 SETTINGS = ("epochs", "batch_size", "accumulate", "lr", "weight_decay", "smoothing", "dropout", "ema",
@@ -58,6 +55,10 @@ def learning_rate(peak, step, steps, warmup=0.05):
 
 def train(network, stage, loader, index, test, args, run):
     """Train `network` on the images at `index`, and return it, or its moving average.
+
+    The recipe ("retraining") is SGD with Nesterov momentum, linear warm-up and a cosine to zero, label
+    smoothing, weight decay of weight matrices alone, dropout before the classifier, an exponential moving
+    average of the weights. Batch norm is measured anew after every epoch.
 
     test: a function of a network -> its accuracy, which is logged after every epoch. `run` has the rows.
     """
@@ -123,33 +124,34 @@ def initial(arch, args):
 
 
 def parser():
-    p = flags.Parser("train.py", __doc__)
+    p = flags.Parser("train.py", __doc__, "train.py ARCH.json|RUN [flags]")
     p.add_argument("what", type=Path, metavar="ARCH.json|RUN", help="a network, or the folder of a run")
     p.add_argument("--init", choices=("scratch", "inherit"), default="scratch",
-                   help="random weights as in the paper, or the supernet's, from the .pt file beside "
-                   "(scratch)")
+                   help="random weights, or the supernet's (scratch, Experiments)")
     p.add_argument("--export", type=Path, metavar="FILE",
                    help="write the trained network as .pt2 (torch.export) or .onnx as well")
-    g = p.add_argument_group("training", "(defaults for the paper's space; for small images)")
-    g.add_argument("--epochs", type=number(int, 1, 1e6), help="(180, the paper's; 3)")
-    g.add_argument("--batch-size", type=number(int, 1), metavar="B", help="(1024; 64)")
+    g = p.add_argument_group("training", flags.SOURCES)
+    g.add_argument("--epochs", type=number(int, 1, 1e6), metavar="E", help="(180, Experiments; 3)")
+    g.add_argument("--batch-size", type=number(int, 1), metavar="B", help="(1024, Experiments; 64)")
     g.add_argument("--lr", type=number(float, 1e-9), help="peak learning rate (0.4; 0.2)")
-    g.add_argument("--weight-decay", type=number(float, 0), default=1e-4, help="of weight matrices (1e-4)")
-    g.add_argument("--smoothing", type=number(float, 0, 0.999), default=0.1, help="label smoothing (0.1)")
-    g.add_argument("--dropout", type=number(float, 0, 0.999),
+    g.add_argument("--weight-decay", type=number(float, 0), default=1e-4, metavar="W",
+                   help="of weight matrices (1e-4)")
+    g.add_argument("--smoothing", type=number(float, 0, 0.999), default=0.1, metavar="S",
+                   help="label smoothing (0.1)")
+    g.add_argument("--dropout", type=number(float, 0, 0.999), metavar="P",
                    help="probability before the classifier (0.2; 0)")
     g.add_argument("--ema", type=number(float, 0, 1 - 1e-9),
                    help="decay of the weights' average, 0 for none (0.9999; 0)")
     g.add_argument("--autocast", action=argparse.BooleanOptionalAction, help="bfloat16 (on a GPU)")
-    g.add_argument("--validate", action="store_true", help="to choose settings: train on 5/6 of the training "
-                   "images, report accuracy on the other 1/6 instead of the test images, and write nothing")
-    flags.data_flags(p.add_argument_group("data", "as in search.py; without --data, the run's own"))
+    g.add_argument("--validate", action="store_true",
+                   help="evaluate on the search's validation split, and write nothing")
+    flags.data_flags(p.add_argument_group("data; without --data the run's own"))
     g = p.add_argument_group("the run")
     g.add_argument("--out", type=Path, metavar="DIR", help="folder of the results (the network's)")
     g.add_argument("--resume", action="store_true",
                    help="go on where the last training ended; skip what is trained")
     g.add_argument("--jobs", type=number(int, 1, 64), default=1, metavar="N",
-                   help="train N networks side by side, a core each (1)")
+                   help="train N networks of a run side by side, each with one thread (1)")
     flags.run_flags(g)
     return p
 

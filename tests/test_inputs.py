@@ -370,6 +370,12 @@ def test_the_table_is_of_every_script_and_every_flag():
     assert len(FLAGS + FILES) >= 60
 
 
+def test_help_fits_a_screen(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    for p in (flags.search_parser(search.__doc__), train.parser(), derive.parser()):
+        assert len(p.format_help().splitlines()) <= 50
+
+
 def mutated(text, g):
     """A JSON text of which a stretch is gone, or a byte or a value is another."""
     kind = g.randrange(3)

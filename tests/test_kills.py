@@ -1,4 +1,4 @@
-"""search.py, train.py and derive.py, killed at any of their writes: the same command goes on to the same files.
+"""search.py, train.py, derive.py, killed at any of their writes: the same command goes on to the same files.
 
 The writes are found by Python's audit events, so that none can be forgotten. A kill comes before a file is
 opened to be written, before its bytes are surely on the disk, before it is renamed or removed. The oracle is

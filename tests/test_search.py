@@ -13,6 +13,7 @@ import json
 import math
 import re
 import resource
+import shlex
 
 import pytest
 import tiny
@@ -25,7 +26,9 @@ import data
 import flops
 import plot
 import search
+import train
 from derive import derive, inherit, open_supernet, recalibrate
+from derive import main as derive_main
 from grow import grow
 from network import Network
 from ops import initialise
@@ -255,8 +258,23 @@ def test_five_stages_grow_within_their_targets_and_files_are_there(tmp_path, mon
     assert all(row["flops"] <= target for row, target in zip(summary, flops.TARGETS["small"], strict=True))
     assert set(summary[0]) == {"stage", "flops", "params", "accuracy", "seconds", "device_hours", "kwh",
                                "co2e_lb"}
-    said = re.findall(r"^A(\d) step (\d+)/(\d+): loss", capsys.readouterr().out, re.MULTILINE)
-    assert said == [(str(k), "2", "2") for k in range(5)]                  # where a stage ends, at the least
+    said = [f"cst on fake, seed 0, into {out}"]
+    for k in range(5):
+        said += [rf"A{k}: grown from A{k - 1}: .* moved by \S+ of their size"] * (k > 0) + [
+            rf"A{k}: 2 steps, each on two of 10\^\d+ networks, " + (f"taught by A{k - 1}" if k else ".*"),
+            rf"A{k} step 2/2: loss .*",                                    # where a stage ends, at the least
+            rf"A{k}: derived a network of \d\.\d\d M MACs, \d+\.\d % right on the validation split"]
+    said += ["stage .*", *(f"A{k} .*" for k in range(5)), "all .*", f"curve: {out}/curve.png; next, .*:",
+             f"    python train.py {out}", rf"    python derive.py {out} --flops 0\.\d+M"]
+    lines = capsys.readouterr().out.splitlines()
+    for line, pattern in zip(lines, said, strict=True):
+        assert re.fullmatch(pattern, line), (line, pattern)
+    scripts = {"train.py": train.parser().parse_args, "derive.py": derive_main}
+    for command in lines[-2:]:
+        _, script, *argv = shlex.split(command)
+        scripts[script](argv)
+    assert list(out.glob("flops-*.json"))
+    next(out.glob("flops-*.json")).unlink()
     names = {path.name for path in out.iterdir()}
     assert names == {"args.json", "log.jsonl", "last.pt", "summary.json", "curve.png",
                      *(f"A{k}.{end}" for k in range(5) for end in ("json", "pt"))}

@@ -13,6 +13,8 @@ import copy
 import json
 import math
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 import tiny
@@ -203,6 +205,21 @@ def test_a_network_is_trained_from_scratch_and_from_inherited_weights(searched, 
     refused(train.main, [arch, *FAST, *out, "--resume", "--lr", "0.01"],
             "A0.net.pt was trained with lr 0.2, not 0.01", capsys)
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_a_network_for_a_phone_by_the_readmes_commands(tmp_path, monkeypatch):
+    """As they stand there, but for images, epochs and the budget."""
+    monkeypatch.chdir(tmp_path)
+    text = (Path(train.__file__).parent / "README.md").read_text(encoding="utf-8").split("for a phone")[1]
+    commands = [shlex.split(line, comments=True) for line in text.split("\n\n")[1].splitlines()]
+    assert [script for _, script, *_ in commands] == ["search.py", "derive.py", "train.py", "train.py"]
+    small = ["--stages", "2", *tiny.SHORT], ["--flops", "30k"], ["--epochs", "1"], []
+    for (_, script, *argv), change in zip(commands, small):
+        {"search.py": search, "derive.py": derive, "train.py": train}[script].main([*argv, *change])
+    arch = load(tmp_path / "runs/phone/2M.net.pt").arch
+    program = torch.export.load(tmp_path / "2M.pt2").module()
+    assert macs(arch) <= 3e4
+    assert program(torch.zeros(2, 1, arch.resolution, arch.resolution, dtype=torch.uint8)).shape == (2, 10)
 
 
 def test_validation_writes_nothing_and_asks_for_no_test_image(searched, monkeypatch, capsys):
