@@ -13,7 +13,7 @@ from machinery.files import Refused
 from machinery.flags import number
 from machinery.results import curves
 from machinery.run import Run
-from machinery.workers import cores, end_with
+from machinery.workers import cores
 
 import argparse
 import contextlib
@@ -21,10 +21,8 @@ import io
 import itertools
 import json
 import math
-import multiprocessing.connection
 import os
 import sys
-import threading
 from pathlib import Path
 
 import torch
@@ -315,40 +313,13 @@ def train_all(args, archs, images, test_images, device, signals, write=True):
         print(f"curve: {args.out / 'curve.png'}")
 
 
-def train_side_by_side(args, archs, wanted, signals):
-    """Train `archs` to their last checkpoints, args.jobs at a time, each in a process of its own.
-
-    SystemExit if a signal has come or a process has failed, when the others have saved theirs and ended.
-    """
-    context, waiting = multiprocessing.get_context("spawn"), list(archs.items())
-    running, status = [], 0
-    while running or waiting and not status:
-        if waiting and len(running) < args.jobs and not status:
-            given = args, dict([waiting.pop(0)]), wanted, os.getpid()
-            running.append(context.Process(target=job, args=[given]))
-            running[-1].start()
-            continue
-        multiprocessing.connection.wait([process.sentinel for process in running], timeout=1)
-        codes = [process.exitcode for process in running]
-        running = [process for process, code in zip(running, codes) if code is None]
-        status = status or (128 + signals[0] if signals else next(filter(None, codes), 0))
-        for process in running if status else ():
-            process.terminate()
-    if status < 0:
-        raise SystemExit("one of the --jobs was killed, of too little memory perhaps; --resume goes on")
-    if status:
-        raise SystemExit(status)
-
-
 @flags.command
 def job(given):
-    """One process of `train_side_by_side`; it has one thread, and ends with its parent."""
-    args, archs, wanted, parent = given
-    threading.Thread(target=end_with, args=[parent], daemon=True).start()
-    torch.set_num_threads(1)
+    """What a process of --jobs does: it trains one network to its last checkpoint."""
+    args, wanted, archs = given
+    with contextlib.redirect_stdout(None):
+        images, test_images = (flags.load_images(wanted, part, args.out) for part in ("train", "test"))
     with processes.catch_signals() as signals:
-        with contextlib.redirect_stdout(None):
-            images, test_images = (flags.load_images(wanted, part, args.out) for part in ("train", "test"))
         device = processes.choose_device(args.device)
         train_all(args, archs, images, test_images, device, signals, write=False)
 
@@ -376,8 +347,10 @@ def main(argv=None):
             folder.record(images, args.out)
             folder.record(test_images, args.out)
         if args.jobs > 1:
-            wanted.workers = max(1, cores() // args.jobs) if wanted.workers is None else wanted.workers
-            train_side_by_side(args, archs, wanted, signals)
+            if wanted.workers is None:
+                wanted.workers = cores() // args.jobs
+            each = [(args, wanted, {name: arch}) for name, arch in archs.items()]
+            processes.side_by_side(job, each, args.jobs, signals)
             args.resume = True                  # from the checkpoints that they have left
         train_all(args, archs, images, test_images, device, signals)
     if args.export:

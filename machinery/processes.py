@@ -4,12 +4,15 @@ All compute, each on its shard of every batch; rank 0 alone prints and writes. W
 process, which is rank 0.
 """
 from machinery import files
+from machinery.workers import end_with
 
 import contextlib
 import datetime
+import multiprocessing.connection
 import os
 import signal
 import sys
+import threading
 
 import torch
 import torch.distributed as dist
@@ -164,6 +167,34 @@ def rank0_first(function, *arguments):
             store.set(done[int(os.environ["GROUP_RANK"])], "")
     store.wait(done, datetime.timedelta(days=1))
     return function(*arguments) if result is None else result
+
+
+def side_by_side(function, inputs, count, signals):
+    """Call function(x) of each x of `inputs`, `count` at a time, in processes of their own with one thread.
+
+    SystemExit if a signal has come or a process has failed: the others get SIGTERM, and are waited for.
+    """
+    context, waiting = multiprocessing.get_context("spawn"), list(inputs)
+    running, status = [], 0
+    while running or waiting and not status:
+        while waiting and len(running) < count and not status:
+            running.append(context.Process(target=single, args=(function, waiting.pop(0), os.getpid())))
+            running[-1].start()
+        multiprocessing.connection.wait([process.sentinel for process in running], timeout=1)
+        codes = [process.exitcode for process in running]
+        running = [process for process, code in zip(running, codes) if code is None]
+        status = status or (128 + signals[0] if signals else next(filter(None, codes), 0))
+        for process in running if status else ():
+            process.terminate()
+    if status:
+        raise SystemExit(status if status > 0 else "a process was killed, of too little memory perhaps")
+
+
+def single(function, x, parent):
+    """What a process of `side_by_side` does. It ends with its parent."""
+    threading.Thread(target=end_with, args=[parent], daemon=True).start()
+    torch.set_num_threads(1)
+    function(x)
 
 
 @contextlib.contextmanager
