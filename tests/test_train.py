@@ -231,7 +231,7 @@ def test_validation_writes_nothing_and_asks_for_no_test_image(searched, monkeypa
     assert "accuracy" in capsys.readouterr().out
 
 
-def test_validation_is_on_the_architecture_part_of_the_search(searched, tmp_path, monkeypatch, capsys):
+def test_validation_is_on_the_validation_split_of_the_search(searched, tmp_path, monkeypatch, capsys):
     settings = json.loads((searched / "args.json").read_text())
     (tmp_path / "args.json").write_text(json.dumps(settings | {"seed": 7}))
     (tmp_path / "A0.json").write_text((searched / "A0.json").read_text())
