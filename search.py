@@ -249,7 +249,7 @@ def main(argv=None):
         if args.resume:
             run.resume()
         folder.unchanged(images, out)
-        flags.save_settings(args, out)
+        processes.write(out / "args.json", json.dumps(flags.kept(args), indent=1) + "\n")
         folder.record(images, out, data.split(images.labels, args.seed))
         print(f"{args.method} on {args.data}, seed {args.seed}, into {out}", flush=True)
         if args.method == "scaling":

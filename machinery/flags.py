@@ -7,7 +7,6 @@ import contextlib
 import functools
 import io
 import itertools
-import json
 import math
 import os
 import sys
@@ -180,7 +179,8 @@ def load_images(args, part, run=None, checked=True):
         raise Refused(f"--data: {args.data} is neither one of {', '.join(data.NAMES)} nor a folder")
     try:
         if args.data in data.NAMES:
-            return processes.rank0_first(data.load, args.data, part)
+            with files.lock(Path(data.__file__).parent, wait=True):     # only one downloads
+                return data.load(args.data, part)
         return folder.load(Path(args.data), part, args.seed, args.resolution or RESOLUTION[args.space],
                            args.classes, args.workers, args.skip_broken, run, checked)
     except (OSError, EOFError, ValueError) as error:
@@ -359,8 +359,3 @@ def check_pixels(args, size, name, blocks):
     if size <= strides and batch_pieces(args)[1] == 1:
         raise Refused(f"a piece of one image, of which {name} leaves one pixel, is too little for batch "
                       "norm: take a larger --batch-size, a smaller --accumulate, or a larger --resolution")
-
-
-def save_settings(args, out):
-    """Write args.json, by which a run is gone on with."""
-    processes.write(out / "args.json", json.dumps(kept(args), indent=1) + "\n")

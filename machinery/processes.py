@@ -148,27 +148,6 @@ def all_gather(items):
     return [item for some in lists for item in some]
 
 
-def rank0_first(function, *arguments):
-    """What `function(*arguments)` returns; on each machine one process calls it before the others do.
-
-    For what leaves files that the others find, as a download does. It may take longer than `process_group`
-    lets a process wait, so it is the store of torchrun that is waited for.
-    """
-    if not dist.is_torchelastic_launched():
-        return function(*arguments)
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    done = [f"{os.environ['TORCHELASTIC_RESTART_COUNT']} {arguments} done on {machine}"
-            for machine in range(int(os.environ["GROUP_WORLD_SIZE"]))]
-    result = None
-    if os.environ["LOCAL_RANK"] == "0":
-        try:
-            result = function(*arguments)
-        finally:
-            store.set(done[int(os.environ["GROUP_RANK"])], "")
-    store.wait(done, datetime.timedelta(days=1))
-    return function(*arguments) if result is None else result
-
-
 def side_by_side(function, inputs, count, signals):
     """Call function(x) of each x of `inputs`, `count` at a time, in processes of their own with one thread.
 
