@@ -16,6 +16,7 @@ import time
 
 import photos
 import pytest
+import tiny
 import torch
 
 import derive
@@ -32,20 +33,19 @@ COMMANDS = {"search": (search, ["--out", "RUN", "--data", "PHOTOS", "--classes",
 
 
 @pytest.fixture(scope="module")
-def world(tiny_world, tmp_path_factory):
-    """A folder of photographs. Nothing takes time, and layers take as long as is written here."""
+def world(tmp_path_factory):
+    """A folder with a folder of photographs."""
     at = tmp_path_factory.mktemp("world")
     photos.write(at / "photos", 16)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(time, "perf_counter", lambda: 0.0)
-        patch.setattr(latency, "measure", lambda builders: [10_000 + n for n in range(len(builders))])
-        patch.setattr(plot, "curve", lambda runs, path: files.write(path, "curve"))
-        yield at
+    return at
 
 
-def give(command, world, run):
-    module, argv = COMMANDS[command]
-    module.main([{"RUN": str(run), "PHOTOS": str(world / "photos")}.get(word, word) for word in argv])
+def arrange(patch):
+    """The tiny world, in which nothing takes time, and layers take as long as is written here."""
+    tiny.shrink(patch)
+    patch.setattr(time, "perf_counter", lambda: 0.0)
+    patch.setattr(latency, "measure", lambda builders: [10_000 + n for n in range(len(builders))])
+    patch.setattr(plot, "curve", lambda runs, path: files.write(path, "curve"))
 
 
 def watch(run, reached):
@@ -69,13 +69,15 @@ def dies(command, world, run, place, reached):
         reached.value += 1
         if reached.value == place:
             os.kill(os.getpid(), signal.SIGKILL)
+    arrange(pytest.MonkeyPatch())
     watch(run, count)
-    give(command, world, run)
+    module, argv = COMMANDS[command]
+    module.main([{"RUN": str(run), "PHOTOS": str(world / "photos")}.get(word, word) for word in argv])
 
 
 def killed(command, world, run, place):
-    """(whether that happened, the writes that there were)."""
-    context = multiprocessing.get_context("fork")
+    """(whether that happened, the writes that there were). A fork could not compute beside an accelerator."""
+    context = multiprocessing.get_context("spawn" if torch.accelerator.is_available() else "fork")
     reached = context.Value("i", lock=False)
     process = context.Process(target=dies, args=(command, world, run, place, reached))
     process.start()
