@@ -95,6 +95,7 @@ def train(network, stage, loader, index, test, args, run):
         if run.ends_epoch(step):
             again = loader.shuffled(index, args.seed, stage, STATISTICS, epoch, shard=shard)
             recalibrate(result, itertools.islice(again, RECALIBRATION))     # statistics lag behind weights
+            processes.average_buffers(result)
             row = run.log({"epoch": epoch, "accuracy": test(result)})
             print(f"{args.name} epoch {epoch}: loss {row['loss']:.3f}, "
                   f"accuracy {100 * row['accuracy']:.2f} %, {row['seconds']:.0f} s", flush=True)
@@ -211,11 +212,6 @@ def completed(args, arch, name, device):
     return argparse.Namespace(**vars(args) | defaults | given | {"name": name})
 
 
-def label(name, args):
-    """What the files of a network are called."""
-    return name if args.init == "scratch" else f"{name}.{args.init}"
-
-
 def check_size(arch, args, images, device):
     """Refused if a batch does not fit images or processes, or an `Arch` the memory."""
     if args.batch_size > images:
@@ -279,14 +275,16 @@ def train_one(arch, images, test_images, parts, args, run):
 def train_all(args, archs, images, test_images, device, signals, write=True):
     """Train each of `archs` that is not trained yet, and write it and the results into args.out.
 
-    write: False leaves each in its last checkpoint, from which another call goes on, and writes it.
+    write: False leaves each in its last checkpoint, from which another call goes on, and writes it. Returns
+    the last one's file.
     """
     parts = torch.arange(len(images.labels)), torch.arange(len(test_images.labels))
     if args.validate:
         parts = data.split(images.labels, args.split_seed)
     for name, searched in archs.items():
         arch = searched._replace(classes=images.classes, resolution=images.resolution)  # as the images are
-        given = completed(args, arch, label(name, args), device)
+        file_name = name if args.init == "scratch" else f"{name}.{args.init}"
+        given = completed(args, arch, file_name, device)
         given.data = f"{len(parts[0]):,} images of {getattr(images, 'digest', args.data)}"
         processes.on_rank0(check_size, arch, given, len(parts[0]), device)
         settings = {key: getattr(given, key) for key in SETTINGS} | {"network": arch.to_json()}
@@ -311,6 +309,7 @@ def train_all(args, archs, images, test_images, device, signals, write=True):
     if write and processes.rank() == 0 and not args.validate and (args.out / "summary.json").exists():
         plot.curve([args.out], args.out / "curve.png")
         print(f"curve: {args.out / 'curve.png'}")
+    return path
 
 
 @flags.command
@@ -352,9 +351,8 @@ def main(argv=None):
             each = [(args, wanted, {name: arch}) for name, arch in archs.items()]
             processes.side_by_side(job, each, args.jobs, signals)
             args.resume = True                  # from the checkpoints that they have left
-        train_all(args, archs, images, test_images, device, signals)
+        path = train_all(args, archs, images, test_images, device, signals)
     if args.export:
-        path = args.out / f"{label(*archs, args)}.net.pt"
         processes.on_rank0(lambda: export.export(read_trained(path), args.export))  # which rank 0 has written
 
 

@@ -113,6 +113,14 @@ def all_reduce_mean(parameters, *values):
     return [part.view_as(v) for part, v in zip(parts[len(sampled):], values)]
 
 
+@torch.no_grad()
+def average_buffers(network):
+    """Replace the batch-norm statistics of `network` by their means over all processes."""
+    statistics = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+    for buffer, mean in zip(statistics, all_reduce_mean([], *statistics)):
+        buffer.copy_(mean)
+
+
 def all_reduce_sum(tensor):
     """The sum of a tensor over all processes."""
     if world_size() > 1:

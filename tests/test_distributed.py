@@ -97,6 +97,7 @@ def recalibrated(shards):
     initialise(network, data.generator(3))
     recalibrate(network, itertools.chain(*(
         itertools.islice(loader.shuffled(index, 5, shard=shard), 3) for shard in shards)))
+    processes.average_buffers(network)
     return {name: value for name, value in network.state_dict().items() if "running" in name}
 
 
