@@ -121,8 +121,8 @@ def make(folder, wanted):
         if task[0] != chapter:
             chapter = task[0]
             text += f"\n## {chapter} {CHAPTERS[int(chapter)]}\n"
-        text += (f"\n### {task} `{name}` in `{file}`, {points} points\n\nIn the paper: {paper}. To be solved "
-                 f"before: nothing. `{name.split('.')[-1]}({ast.unparse(node.args)})`:\n\n"
+        text += (f"\n### {task} `{name}` in `{file}`, {points} points\n\n{paper[0].upper()}{paper[1:]}. To "
+                 f"be solved before: nothing. `{name.split('.')[-1]}({ast.unparse(node.args)})`:\n\n"
                  + textwrap.indent(ast.get_docstring(node), "> ", lambda line: True).replace("> \n", ">\n")
                  + f"\n\n    python -m pytest {CHECKS} -k task_{task.replace('.', '_')}\n")
     (folder / "TASKS.md").write_text(text)

@@ -7,7 +7,7 @@ class Bug(NamedTuple):
     right: str                # stands there once
     wrong: str                # what comes in its place
     symptom: str              # what a user sees
-    tests: tuple              # pass once it is mended, and do not before
+    tests: tuple              # all pass once it is mended, and not before
 
 
 BUGS = (
@@ -52,11 +52,10 @@ BUGS = (
         """The architecture never moves: after a whole search every choice is still uniform, though the
         alphas have gradients, and Adam steps.""",
         ("supernet.py::test_an_alpha_step_moves_the_sampled_options_alone_whatever_their_momentum",)),
-    Bug("budget.py", "table.fixed + float(table.head[width]), []", "float(table.head[width]), []",
-        """A budget is exceeded. `derive.py --flops` writes networks of more MACs than were asked for, by
-        `flops.py`, which counts right: 28,224 too many at most, however large the budget.""",
-        ("derive.py::test_viterbi_finds_the_best_network_at_a_price", "derive.py::test_a_budget_is_spent",
-         "derive.py::test_under_a_budget_no_network_is_more_likely")),
+    Bug("search.py", "tau = temperature(step / steps)", "tau = temperature(step / epoch_length)",
+        """The later stages stay undecided. By the log the temperature ends at 0.1 in A0, but at about 1 in A1
+        to A4; with `--epochs 2` it ends at 0.002 in all.""",
+        ("search.py::test_a_stage_is_trained_step_for_step_as_the_paper_says",)),
     Bug("grow.py", "torch.cat([known, known[-1].expand(len(alpha) - len(known))])",
         "torch.cat([known, known.new_zeros(len(alpha) - len(known))])",
         """Growth forgets what was chosen. After each growth the log shows new widths and expansions with

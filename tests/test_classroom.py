@@ -57,7 +57,8 @@ WRONG = [
     ("2.3", "torch.outer(gates, expansions.gates).flatten()",
      "torch.outer(expansions.gates, gates).flatten()"),
     ("2.3", "gate * each for", "draws['op'].gates[0] * each for"),
-    ("2.3", "y = add_residual(y, x)", "return add_residual(y * mask(*outputs).view(1, -1, 1, 1), x), outputs"),
+    ("2.3", "y = add_residual(y, x)",
+     "return add_residual(y * mask(*outputs).view(1, -1, 1, 1), x), outputs"),
     ("2.3", "draws[\"width\"].gates\n", "draws[\"width\"].gates.detach()\n"),
     ("3.1", "samples = [torch.randperm(old, generator=generator) for _ in range(old, new, old)]",
      "samples = [torch.randint(old, (new - old,), generator=generator)]"),
@@ -191,7 +192,7 @@ def alone(task, patch, function=None):
         for name, check in vars(checks).items():
             if name.startswith(f"test_task_{task.replace('.', '_')}_"):
                 check()
-    except Exception as error:  # noqa: BLE001
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         return error
     return None
 
@@ -333,7 +334,7 @@ def test_a_planted_mistake_is_found_by_tests(tmp_path, number, capsys):
     hunt, bug = tmp_path / "hunt", BUGS[number - 1]
     assignment.main(["bug", str(number), str(hunt)])
     assert assignment.main(["grade", str(hunt)]) == 1
-    assert f"bug {number}: it is still there, 0 of" in capsys.readouterr().out
+    assert f"bug {number}: it is still there, " in capsys.readouterr().out
     (hunt / bug.file).write_text((ROOT / bug.file).read_text())
     assert assignment.main(["grade", str(hunt)]) == 0
     assert f"bug {number}: found" in capsys.readouterr().out
