@@ -85,14 +85,11 @@ def solve(text, solved, names):
 
 def tests(task):
     """The tests that grade a task, as pytest names them: its checks, then tests of this project."""
-    prefix = f"def test_task_{task.replace('.', '_')}_"
-    checks = [line[4:].partition("(")[0] for line in (ROOT / CHECKS).read_text().splitlines()
-              if line.startswith(prefix)]
+    pattern = rf"^def (test_task_{task.replace('.', '_')}_\w+)"
+    checks = re.findall(pattern, (ROOT / CHECKS).read_text(), re.MULTILINE)
     return [*(f"{CHECKS}::{name}" for name in checks),
             *(f"tests/test_{TASKS[task].file}.py::test_{name}" for name in TASKS[task].tests)]
 
-
-# ------------------------------------------------------------------ what students get
 
 def copy(patterns, source, folder):
     """Copy the files and folders of `source` that match into `folder`."""
@@ -138,8 +135,6 @@ def plant(folder, number):
                                     "comments and docstrings tell the truth. Find it, and mend it.\n")
 
 
-# ------------------------------------------------------------------ grading
-
 class Outcomes:
     """What pytest reports: {test: None if it passed, else why it failed}; a plugin."""
 
@@ -177,6 +172,7 @@ def run(place, wanted):
 def outcomes(place, wanted):
     """[None for a test of `wanted` that passes in the folder `place`, else why not]."""
     copy(("tests", ".pytest.ini", CHECKS), ROOT, place)
+    (place / "conftest.py").unlink(missing_ok=True)                    # a student's could change the tests
     context = multiprocessing.get_context("forkserver")                # loads PyTorch once for all tasks
     context.set_forkserver_preload(["pytest", "torch", "torchvision"])
     process = context.Process(target=run, args=(place, wanted))
@@ -196,7 +192,7 @@ def sentence(test, why):
     file, name = test.split("::")
     if file == CHECKS:
         words = name.split("_", 4)[4].replace("_", " ")
-        return f"{words}: {why.removeprefix('AssertionError: ')}"
+        return textwrap.shorten(f"{words}: {why.removeprefix('AssertionError: ')}", 500)
     return f"in the whole project this does not hold: {name.removeprefix('test_').replace('_', ' ')}"
 
 
@@ -218,7 +214,6 @@ def grade(folder, task):
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary).resolve()
         copy(("*.py",), folder, place)                                  # they may have files of their own
-        (place / "conftest.py").unlink(missing_ok=True)
         copy(("*.py", "machinery"), ROOT, place)
         others = [n for where, n in known.values() if where == file and n != name]
         (place / file).write_text(solve(text, (ROOT / file).read_text(), others))
@@ -228,14 +223,31 @@ def grade(folder, task):
     return row | {"passed": passed, "points": row["of"] * passed // len(wanted), "says": says}
 
 
-def grade_hunt(folder, number):
-    """The row of a hunt: a bug is found if its tests pass in the student's folder."""
+def report_hunt(folder):
+    """Print and return the grade of a hunt: a bug is found, a point, if its tests pass in that folder."""
+    number = int(re.search(r"# Bug (\d+)", (folder / "HUNT.md").read_text())[1])
     wanted = [f"tests/test_{test}" for test in BUGS[number - 1].tests]
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary).resolve()
         copy(("*.py", "machinery"), folder, place)
         passed = outcomes(place, wanted).count(None)
-    return {"bug": number, "passed": passed, "tests": len(wanted), "found": passed == len(wanted)}
+    found = passed == len(wanted)
+    print(f"bug {number}: {'found' if found else 'it is still there'}, {passed} of {len(wanted)} tests")
+    return {"bug": number, "passed": passed, "tests": len(wanted), "points": int(found), "of": 1}
+
+
+def report_tasks(folder, wanted):
+    """Print and return the grade of the tasks `wanted`."""
+    rows = []
+    for task in wanted:
+        rows.append(row := grade(folder, task))
+        print(f"{task}  {row['function']:<26}{row['passed']} of {row['tests']} tests  {row['points']:>3} of "
+              f"{row['of']} points", flush=True)
+        if row["says"]:
+            print(textwrap.indent(textwrap.fill(row["says"], 100), " " * 5), flush=True)
+    points, of = (sum(row[key] for row in rows) for key in ("points", "of"))
+    print(f"{points} of {of} points")
+    return {"tasks": rows, "points": points, "of": of}
 
 
 def main(argv=None):
@@ -275,34 +287,10 @@ def main(argv=None):
         make(folder, wanted)
         print(f"{len(wanted)} tasks in {folder}: see TASKS.md there")
         return 0
-    hunt = folder / "HUNT.md"
-    report = (report_hunt(folder, int(re.search(r"# Bug (\d+)", hunt.read_text())[1])) if hunt.exists() else
-              report_tasks(folder, wanted))
+    report = report_hunt(folder) if (folder / "HUNT.md").exists() else report_tasks(folder, wanted)
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     return int(report["points"] < report["of"])
-
-
-def report_hunt(folder, number):
-    """Print and return the grade of a hunt: a point if the bug is found."""
-    row = grade_hunt(folder, number)
-    print(f"bug {number}: {'found' if row['found'] else 'it is still there'}, {row['passed']} of "
-          f"{row['tests']} tests")
-    return row | {"points": int(row["found"]), "of": 1}
-
-
-def report_tasks(folder, wanted):
-    """Print and return the grade of the tasks `wanted`."""
-    rows = []
-    for task in wanted:
-        rows.append(row := grade(folder, task))
-        print(f"{task}  {row['function']:<26}{row['passed']} of {row['tests']} tests  {row['points']:>3} of "
-              f"{row['of']} points", flush=True)
-        if row["says"]:
-            print(textwrap.indent(textwrap.fill(row["says"], 100), " " * 5), flush=True)
-    points, of = (sum(row[key] for row in rows) for key in ("points", "of"))
-    print(f"{points} of {of} points")
-    return {"tasks": rows, "points": points, "of": of}
 
 
 if __name__ == "__main__":

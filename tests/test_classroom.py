@@ -6,10 +6,13 @@ The oracle is the code itself as the right answer, other ways to write it, and m
 themselves as wrong ones: among them distillation without a gradient, a new random map for each layer, masks
 in front of batch norm, gates that see a wrong width, and new blocks that are no identities.
 """
+from machinery import flags
+
 import ast
 import importlib
 import json
 import re
+import shlex
 import shutil
 import textwrap
 
@@ -338,6 +341,18 @@ def test_a_planted_mistake_is_found_by_tests(tmp_path, number, capsys):
     (hunt / bug.file).write_text((ROOT / bug.file).read_text())
     assert assignment.main(["grade", str(hunt)]) == 0
     assert f"bug {number}: found" in capsys.readouterr().out
+
+
+def test_the_experiments_can_be_done():
+    """Every command parses, and every line that is to be changed is there once."""
+    text = (ROOT / "classroom/EXPERIMENTS.md").read_text()
+    commands = re.findall(r"^    python (\S+\.py) (.*?)(?:  +#.*)?$", text, re.MULTILINE)
+    assert len(commands) >= 8 and all((ROOT / script).exists() for script, _ in commands)
+    for script, argv in commands:
+        if script == "search.py":
+            flags.search_parser("").parse_args(shlex.split(argv))
+    changes = re.findall(r"[Ii]n `(\w+\.py)`\s+change\s+`([^`]+)`", text)
+    assert len(changes) >= 2 and all((ROOT / file).read_text().count(line) == 1 for file, line in changes)
 
 
 @pytest.mark.slow
