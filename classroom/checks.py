@@ -33,7 +33,8 @@ def seeded(seed=0):
 def show(value):
     """A value as text: tensors as lists, and numbers with four decimals."""
     if isinstance(value, torch.Tensor):
-        return str(np.round(value.detach().double().numpy(), 4).tolist())
+        value = value.detach().double() if value.is_floating_point() else value
+        return str(np.round(value.numpy(), 4).tolist())
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
@@ -111,7 +112,9 @@ def test_task_1_2_widths_come_in_any_order_and_twice():
 
 def test_task_1_2_the_gates_get_a_gradient():
     gates = torch.tensor([0.25, 0.75], requires_grad=True)
-    ops.mask((2, 4), gates)[3].backward()
+    found = ops.mask((2, 4), gates)
+    expect("whether the mask has a gradient", found.requires_grad, True)
+    found[3].backward()
     expect("the gradient of the last of 4 channels, by the gates of the widths 2 and 4",
            gates.grad, torch.tensor([0.0, 1.0]))
 
@@ -282,13 +285,6 @@ def test_task_2_2_gates_are_of_the_perturbed_logits():
            (odds - math.log(4)).abs().mean().item(), 2 * math.log(2), 0.12)
 
 
-def test_task_2_2_the_temperature_divides():
-    warm, cold = (torch.stack([draw.gates for draw in drawn(alike(), "width", tau, range(2))]).double()
-                  for tau in (1.0, 0.5))
-    expect("log(gate 0 / gate 1) at temperature 0.5, over that at 1 with the same generator (median)",
-           ((cold[:, 0] / cold[:, 1]).log() / (warm[:, 0] / warm[:, 1]).log()).median().item(), 2.0, 1e-2)
-
-
 def test_task_2_2_all_randomness_is_the_generators():
     net = alike()
     torch.manual_seed(1)
@@ -304,9 +300,17 @@ def test_task_2_2_all_randomness_is_the_generators():
            all(a[name].options == b[name].options for a, b in zip(one, other) for name in a), False)
 
 
+def test_task_2_2_the_temperature_divides():
+    warm, cold = (torch.stack([draw.gates for draw in drawn(alike(), "width", tau, range(2))]).double()
+                  for tau in (1.0, 0.5))
+    expect("log(gate 0 / gate 1) at temperature 0.5, over that at 1 with the same generator (median)",
+           ((cold[:, 0] / cold[:, 1]).log() / (warm[:, 0] / warm[:, 1]).log()).median().item(), 2.0, 1e-2)
+
+
 def test_task_2_2_the_gates_give_the_logits_a_gradient():
     net = alike()
-    for draw in net.sample(1.0, seeded())[1].values():
+    for name, draw in net.sample(1.0, seeded())[1].items():
+        expect(f"whether the gates of {name} have a gradient", draw.gates.requires_grad, True)
         draw.gates[0].backward(retain_graph=True)
     for name, alpha in net.blocks[1].alphas.items():
         expect(f"how many of the {name} logits get a gradient from a gate",
@@ -365,6 +369,7 @@ def test_task_2_3_widths_and_gates_go_on_to_the_next_block():
 def test_task_2_3_the_widths_get_a_gradient():
     gates = torch.tensor([0.25, 0.75], requires_grad=True)
     (y, _), _ = mixed(False, gates)
+    expect("whether the output has a gradient", y.requires_grad, True)
     y.sum().backward()
     expect("the gradient of the sum by the gates of the widths 8 and 24", gates.grad,
            torch.tensor([0, 16 * 8.2]), 1e-3)
