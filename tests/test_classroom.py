@@ -264,7 +264,10 @@ def test_an_assignment_is_the_project_without_the_bodies(tmp_path, capsys):
 
 
 def test_right_and_wrong_answers_among_ruins(solved, capsys):
-    """4.1 is graded, though the tasks beside it are not begun, or gone, and a file of others is none."""
+    """4.1 is graded, though the tasks beside it are not begun, or gone, a file of others is none, and the
+    student's own conftest.py would end every test.
+    """
+    (solved / "conftest.py").write_text("import os; os._exit(0)")
     answer(solved, "4.2", "return first + (last - first) * progress", 'raise NotImplementedError("task 4.2")')
     (solved / "grow.py").write_text("def grow(:\n")
     answer(solved, "5.1", "def candidate(", "def other(")
