@@ -193,7 +193,7 @@ def networks(space):
     return math.prod(len(CANDIDATES) * len(block.expansions) * len(block.widths) for block in space.blocks)
 
 
-def middle(space, in_channels, classes):
+def middle_arch(space, in_channels, classes):
     """The `Arch` of every range's middle option (the upper of two), with ir_k3_se_hs everywhere."""
     op = list(CANDIDATES).index("ir_k3_se_hs")
     options = [(op, len(b.expansions) // 2, len(b.widths) // 2) for b in space.blocks]
@@ -238,7 +238,7 @@ at           where {known} lies between least (0%) and most (100%), on a logarit
         text += f"\nA{space.stage}{len(space.blocks):>7}{f'10^{math.log10(networks(space)):.1f}':>9}"
         for cost, count, value in ((Layer.macs, macs, aim), (Layer.params, params, size)):
             low, high = bounds(costs(space, channels, classes, cost))
-            for n in (low, count(middle(space, channels, classes)), high):
+            for n in (low, count(middle_arch(space, channels, classes)), high):
                 text += f"{n / 1e6:>8.4g}"
             text += f"{value / 1e6:>9.4g}{position(value, low, high):>5.0%}" if value else f"{'-':>9}{'-':>5}"
     return text

@@ -29,7 +29,7 @@ from supernet import SuperNet, require_grad, step_sampled, temperature
 from train import learning_rate
 
 WEIGHTS_A_STEP = 5              # the parts are 5/6 and 1/6: five weight steps, then one of the architecture
-HISTORY = 200                   # steps between the architecture probabilities that the log keeps
+HISTORY = 25                    # steps between the architecture probabilities that the log keeps
 WEIGHTS, ALPHAS, PATHS, GROWTH = range(4)   # what is drawn: with seed, stage and step it seeds a generator
 
 

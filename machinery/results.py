@@ -120,7 +120,7 @@ def history(run):
         for row in map(json.loads, file.read_text().splitlines() if file.exists() else ()):
             for step, blocks in row.get("alphas", []):
                 for p in (p for block in blocks for p in block.values()):
-                    if not (min(p) >= 0 and abs(sum(p) - 1) <= 1e-3):        # NaN is neither
+                    if not (min(p) >= 0 and abs(sum(p) - 1) <= 1e-4 * len(p)):  # four digits; NaN is neither
                         raise ValueError(f"{p} are not probabilities")
                 if not 0 <= step < 1e9 or any(len(block["op"]) != len(CANDIDATES) for block in blocks):
                     raise ValueError(f"step {step}: not a step, or not {len(CANDIDATES)} operations")

@@ -44,8 +44,8 @@ class Inputs(Dataset):
 
 
 def begin(main, worker):
-    """A worker ignores Ctrl-C and SIGTERM, which the main process `main` (its pid) obeys in its own time, does
-    not hold the lock of the run's folder, and ends with the main process.
+    """A worker ignores Ctrl-C and SIGTERM, which the main process, of pid `main`, obeys in its own time. It
+    does not hold the lock of the run's folder, and ends with the main process.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -54,7 +54,7 @@ def begin(main, worker):
 
 
 def end_with(main):
-    """DataLoader's workers look for their parent too, but wait for ever if it died before they first looked."""
+    """DataLoader's workers look for their parent too, but wait for ever if it died before they first did."""
     while os.getppid() == main:
         time.sleep(1)
     os._exit(1)

@@ -97,7 +97,7 @@ def test_the_uses_are_many():
 
 @pytest.mark.parametrize("space, channels, classes", STAGES)
 def test_networks(space, channels, classes):
-    for arch in (random_arch(space, channels, classes, 0), flops.middle(space, channels, classes)):
+    for arch in (random_arch(space, channels, classes, 0), flops.middle_arch(space, channels, classes)):
         with torch.device("meta"):
             net = derive.Network(arch)
         total, each = counter(net, channels, arch.resolution)
@@ -343,7 +343,7 @@ def test_the_middle_of_the_papers_spaces():
     scaling of squeeze-excite for a MAC a value each says 105 M and 395 M; ours, as PyTorch's, does not.
     """
     for stage, found, with_scaling, params in ((0, 103.4, 104.8, 2.4), (4, 390.9, 395.2, 7.8)):
-        arch = flops.middle(SPACES["paper"][stage], 3, 1000)
+        arch = flops.middle_arch(SPACES["paper"][stage], 3, 1000)
         scaled = sum(x.outputs * x.pixels ** 2 for x in flops.layers(arch).values() if x.name == "excite")
         assert round(flops.macs(arch) / 1e6, 1) == found
         assert round((flops.macs(arch) + 2 * scaled) / 1e6, 1) == with_scaling
@@ -389,7 +389,7 @@ def test_space_on_the_command_line(name, capsys):
     for space, row in zip(SPACES[name], rows):
         assert int(row[1]) == len(space.blocks)
         assert float(row[2].removeprefix("10^")) == pytest.approx(math.log10(flops.networks(space)), abs=0.05)
-        arch = flops.middle(space, *flops.IMAGES[name])
+        arch = flops.middle_arch(space, *flops.IMAGES[name])
         for cost, count, cells in zip(COSTS, (flops.macs, flops.params), (row[3:6], row[8:11])):
             low, high = flops.bounds(flops.costs(space, *flops.IMAGES[name], cost))
             found = [low / 1e6, count(arch) / 1e6, high / 1e6]
@@ -430,7 +430,7 @@ def test_targets_lie_in_every_space_where_table_3_lies_in_the_papers():
 @pytest.mark.parametrize("space, channels, classes", STAGES[:2] + STAGES[-1:])
 def test_the_estimate_of_a_trainings_memory_is_what_backward_keeps(space, channels, classes, op, times):
     """The oracle: PyTorch's hooks, which see each tensor that forward keeps, counted by storage."""
-    arch = flops.middle(space._replace(resolution=64 if channels == 3 else 28), channels, classes)
+    arch = flops.middle_arch(space._replace(resolution=64 if channels == 3 else 28), channels, classes)
     arch = arch._replace(blocks=tuple(b._replace(op=op) for b in arch.blocks))
     network, kept = derive.Network(arch).train(), {}
     own = {t.untyped_storage().data_ptr() for t in (*network.parameters(), *network.buffers())}

@@ -230,7 +230,8 @@ def test_what_cannot_be_written_whole_leaves_what_was_there(file, tmp_path, monk
     assert os.listdir(tmp_path) == [file.name] and Path(path).read_bytes() == file.read_bytes()
 
 
-def test_two_files_in_an_empty_folder_are_enough(file, tmp_path):
+@pytest.mark.parametrize("as_script", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_two_files_in_an_empty_folder_are_enough(as_script, file, tmp_path):
     """The examples of network.py run from another folder, with no other file of the project in reach."""
     code, elsewhere = tmp_path / "code", tmp_path / "elsewhere"
     code.mkdir(), elsewhere.mkdir()
@@ -240,10 +241,10 @@ def test_two_files_in_an_empty_folder_are_enough(file, tmp_path):
     Image.new("RGB", (40, 30), "red").save(elsewhere / "photo.jpg")
     example = textwrap.dedent("    from network" + network_file.__doc__.partition("    from network")[2])
     (_, name, probability), = predict(load(file), [elsewhere / "photo.jpg"])
-    for command in (["-c", example], [str(code / "network.py"), "A3.net.pt", "photo.jpg"]):
-        said = subprocess.run([sys.executable, *command], cwd=elsewhere, capture_output=True, text=True,
-                              env=os.environ | {"PYTHONPATH": str(code)}, check=True).stdout
-        assert said == f"photo.jpg: {name}, {probability:.1%}\n" and name in CLASSES
+    command = [str(code / "network.py"), "A3.net.pt", "photo.jpg"] if as_script else ["-c", example]
+    said = subprocess.run([sys.executable, *command], cwd=elsewhere, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(code)}, check=True).stdout
+    assert said == f"photo.jpg: {name}, {probability:.1%}\n" and name in CLASSES
 
 
 # Image files

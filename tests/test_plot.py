@@ -5,9 +5,8 @@ in one line.
 The oracles: the files that each test writes; means and deviations from `statistics`; entropies by hand; what
 is drawn is read back from the figures.
 """
-from machinery import results
+from machinery import pictures, results
 
-import functools
 import itertools
 import json
 import math
@@ -22,6 +21,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.path import Path
 from matplotlib.text import Annotation, Text
+from PIL import Image
 
 import plot
 from space import CANDIDATES, SPACES
@@ -33,7 +33,8 @@ NAME = "curriculum search, patterns, small space"
 @pytest.fixture
 def unsaved(monkeypatch):
     """Figures are returned without being written: most of the time goes into that."""
-    monkeypatch.setattr(plot, "save", lambda figure, path: figure)
+    for module in (plot, pictures):
+        monkeypatch.setattr(module, "save", lambda figure, path: figure)
 
 
 def blocks(*rows):
@@ -103,8 +104,8 @@ def test_runs_are_averaged_only_if_they_differ_in_the_seed_alone(unsaved, tmp_pa
     assert results.experiments(runs) == dict(zip(labels, (runs[:2], runs[2:3], runs[3:4], runs[4:])))
     figure = plot.curve(runs, tmp_path / "curve.png")
     legend = [t.get_text() for t in figure.legends[0].texts]
-    assert legend == [f"{label}, n = {n}" for label, n in zip(labels, (2, 1, 1, 1))] + [legend[-1]]
-    assert legend[-1] == "standard deviation over n seeds"
+    assert legend[:-1] == [f"{labels[0]}, 2 seeds", *(f"{label}, 1 seed" for label in labels[1:])]
+    assert legend[-1] == "standard deviation over seeds"
     styles = [(line.get_color(), line.get_marker()) for line, _ in drawn(figure.axes[0]).values()]
     assert len({colour for colour, _ in styles}) == len({mark for _, mark in styles}) == 4
 
@@ -149,7 +150,7 @@ def test_networks_from_inherited_weights_are_a_line_of_their_own(unsaved, tmp_pa
                                                                          pytest.approx([85, 87])]
     one, other = ((line.get_color(), line.get_marker()) for line, _ in found.values())
     assert one[0] != other[0] and one[1] != other[1]
-    assert [t.get_text() for t in figure.legends[0].texts] == [f"{name}, n = 1", f"{name}, inherit, n = 1"]
+    assert [t.get_text() for t in figure.legends[0].texts] == [f"{name}, 1 seed", f"{name}, inherit, 1 seed"]
 
 
 def test_other_networks_are_points_with_their_familys_mark_and_their_width(unsaved, tmp_path):
@@ -199,7 +200,7 @@ def test_any_name_of_a_folder_or_a_network_can_be_drawn(unsaved, tmp_path):
         (run / "args.json").unlink()
     trained(runs[0], *((f"{name} x0.5", 0, 1e6, 1e5, n / 4) for n, name in enumerate(names)))
     legend = [t.get_text() for t in plot.curve(runs, tmp_path / "curve.png").legends[0].texts]
-    assert legend[:4] == [f"{shown}, n = 1" for shown in names.values()]
+    assert legend[:4] == [f"{shown}, 1 seed" for shown in names.values()]
     assert sorted(legend[4:]) == sorted(legend[:4])
 
 
@@ -231,8 +232,9 @@ def test_no_number_beyond_reason_is_drawn(number, file, content, tmp_path, capsy
 
 def test_texts_stand_apart_the_last_comes_first_and_what_has_no_place_is_left_out():
     axis = Figure((3, 3)).add_subplot(xlim=(0, 1), ylim=(0, 1))
-    plot.place(axis, [(0.5, 0.5, "one", False), (0.5, 0.9, "x" * 60, True), (0.55, 0.5, "two", False)])
-    assert [text.get_text() for text in axis.texts] == ["two", "one"]
+    texts = [(0.5, 0.5, "one", False), (0.5, 0.9, "x" * 60, True), (0.55, 0.5, "two", False)]
+    plot.place(axis, [(*text, colour) for text, colour in zip(texts, ("red", "black", "blue"))])
+    assert [(text.get_text(), text.get_color()) for text in axis.texts] == [("two", "blue"), ("one", "red")]
     two, one = (text.get_window_extent() for text in axis.texts)
     assert not one.overlaps(two)
 
@@ -242,7 +244,7 @@ def test_only_a_needed_text_may_cross_a_line(needed):
     axis = Figure((3, 3)).add_subplot(xlim=(0, 1), ylim=(0, 1))
     for y in np.arange(0.05, 1, 0.05):                              # nearer than a text is high
         axis.plot([0, 1], [y, y])
-    plot.place(axis, [(0.5, 0.5, "name", needed)])
+    plot.place(axis, [(0.5, 0.5, "name", needed, "red")])
     assert len(axis.texts) == needed
 
 
@@ -256,15 +258,18 @@ def test_one_wide_network_does_not_leave_the_panel_empty(unsaved, tmp_path):
     assert {"0.1", "0.2", "0.5", "1", "2"} <= {tick.label1.get_text() for tick in ticks}
 
 
-def test_a_point_of_one_seed_says_so_among_means(unsaved, tmp_path):
-    runs = [make(tmp_path / "a"), make(tmp_path / "b", 1, ACCURACIES[:2])]
+def test_a_point_of_one_seed_among_means_says_so_in_its_lines_colour(unsaved, tmp_path):
+    runs = [make(tmp_path / f"{n}{seed}", seed, [a - n / 5 for a in ACCURACIES[:3 - seed]], method=f"{n}")
+            for n in range(3) for seed in range(2)]
     left, _ = plot.curve(runs, tmp_path / "curve.png").axes
-    assert [t.get_text() for t in left.texts] == ["A2 (n = 1)", "A1", "A0"]
+    labels, colours = ["A2 (1 seed)", "A1", "A0"], plot.COLOURS[:3]
+    assert [(t.get_text(), t.get_color()) for t in left.texts] == [
+        (label, colour) for colour, its in zip(colours[::-1], (labels[:1], labels, labels)) for label in its]
 
 
 def test_no_text_stands_nearer_to_the_point_of_another_line():
     axis = Figure((3, 3)).add_subplot(xlim=(0, 1), ylim=(0, 1))
-    plot.place(axis, [(0.5, 0.5, "here", True), (0.53, 0.47, "", False)])        # where it would stand
+    plot.place(axis, [(0.5, 0.5, "here", True, "red"), (0.53, 0.47, "", False, "red")])    # in its place
     note, = axis.texts
     (x, y), other = axis.transData.transform([(0.5, 0.5), (0.53, 0.47)])
     box = note.get_window_extent()
@@ -275,14 +280,14 @@ def test_no_text_stands_nearer_to_the_point_of_another_line():
 
 
 def test_architectures_are_the_files(unsaved, tmp_path):
-    run = make(tmp_path / "run")
-    figure = plot.architectures(run, tmp_path / "a.png")
+    run = make(tmp_path / "run", accuracies=(0.5, None))
+    figure = pictures.architectures(run, tmp_path / "a.png")
     axis, = figure.axes
     grey = [box for box in axis.patches if box.get_facecolor()[:3] == (0.85,) * 3]
     boxes, chosen = [box for box in axis.patches if box not in grey], [b for net in NETWORKS for b in net]
     assert len(boxes) == len(chosen) == 7 and len(grey) == 4                        # stems and heads
     for box, block in zip(boxes, chosen):
-        colour, words = plot.FILLS[block["op"][5:]]
+        colour, words = pictures.FILLS[block["op"][5:]]
         assert to_hex(box.get_facecolor()).upper() == colour
         assert box.get_height() / boxes[1].get_height() == pytest.approx(block["out"] / 32)
         assert (box.get_hatch() is not None) == ("k5" in block["op"])
@@ -295,29 +300,47 @@ def test_architectures_are_the_files(unsaved, tmp_path):
     words = [t.get_text() for t in axis.texts]
     assert [word for word in words if "▼" in word] == ["▼14", "▼7"] * 2 and strides == 4
     assert {"A0", "A1", "1.00 M MACs", "2.00 M MACs"} <= set(words)
-    below = [f"{b['op'][4]}×{b['op'][4]}\n{b['out']}\n{b['hidden']}" for b in chosen]
-    stem, head = "3×3\n16\n", "1×1\n256\n"
+    below = [f"{b['op'][4]}×{b['op'][4]}\n{b['out']}\n–\n{b['hidden']}" for b in chosen]
+    stem, head = "3×3\n16\n\n", "1×1\n256\n\n"
     assert [word for word in words if "×" in word] == [stem, *below[:3], head, stem, *below[3:], head]
+
+
+def test_an_expansion_is_an_option_of_the_table():
+    """The options that are shown give the network; of those that rounding makes alike it is the least."""
+    rng = random.Random(0)
+    for space in (*SPACES["small"], *SPACES["paper"]):
+        choices = [(rng.randrange(8), rng.randrange(len(b.expansions)), rng.randrange(len(b.widths)))
+                   for b in space.blocks]
+        arch = space.arch(choices, 1, 10)
+        shown = [b.expansions.index(float(e)) for b, e in zip(space.blocks, pictures.expansions(arch))]
+        assert space.arch([(op, n, out) for (op, _, out), n in zip(choices, shown)], 1, 10) == arch
+        assert all(n <= chosen for (_, chosen, _), n in zip(choices, shown))
+    # By hand: of 16 channels 0.75 and 1.25 make 16 and 24, of 8 both make 8; of 32 none makes 40.
+    first = SPACES["small"][0].arch([(0, 0, 0), (0, 1, 0), (0, 1, 0), (0, 0, 0), (0, 3, 0)], 1, 10)
+    assert pictures.expansions(first) == ["1", "0.75", "1.25", "0.75", "3"]
+    *blocks, last = first.blocks
+    assert pictures.expansions(first._replace(blocks=(*blocks, last._replace(hidden=40)))) == ["–"] * 5
+    assert pictures.expansions(first._replace(space="another")) == ["–"] * 5
 
 
 def test_the_operations_are_those_of_table_2():
     for op, (_, se, activation) in CANDIDATES.items():
-        words = plot.FILLS[op[5:]][1]
+        words = pictures.FILLS[op[5:]][1]
         assert ("SE" in words) == se
         assert ("hswish" in words) == (activation == "hswish") != ("ReLU" in words)
 
 
 def test_operations_differ_in_grey():
-    colours = [to_rgb(colour) for colour, _ in plot.FILLS.values()]
+    colours = [to_rgb(colour) for colour, _ in pictures.FILLS.values()]
     greys = sorted(0.299 * r + 0.587 * g + 0.114 * b for r, g, b in colours)
     assert min(b - a for a, b in itertools.pairwise(greys)) > 0.1
 
 
 def test_entropy():
-    assert plot.entropy(uniform(8)) == pytest.approx(1)
-    assert plot.entropy([0, 0, 1, 0]) == 0
-    assert plot.entropy([0.5, 0.5, 0, 0, 0, 0, 0, 0]) == pytest.approx(1 / 3)
-    assert plot.entropy([0.25, 0.75]) == pytest.approx(-(0.25 * math.log2(0.25) + 0.75 * math.log2(0.75)))
+    assert pictures.entropy(uniform(8)) == pytest.approx(1)
+    assert pictures.entropy([0, 0, 1, 0]) == 0
+    assert pictures.entropy([0.5, 0.5, 0, 0, 0, 0, 0, 0]) == pytest.approx(1 / 3)
+    assert pictures.entropy([0.25, 0.75]) == pytest.approx(-(0.25 * math.log2(0.25) + 0.75 * math.log2(0.75)))
 
 
 def test_alphas_are_the_log(unsaved, tmp_path):
@@ -333,18 +356,17 @@ def test_alphas_are_the_log(unsaved, tmp_path):
         {"stage": 0, "step": 10, "steps": 10, "alphas": [[10, end], [10, end]]},
         {"stage": 1, "step": 4, "steps": 4, "alphas": [[4, end]]})
     assert results.history(run) == {0: [(3, start), (5, start), (10, end)], 1: [(4, end)]}
-    *maps, below, _ = plot.alphas(run, tmp_path / "alphas.png").axes
+    *maps, op, expansion, width, _ = pictures.alphas(run, tmp_path / "alphas.png").axes
     assert [axis.get_images()[0].get_array().tolist() for axis in maps] == [[sure, uniform(8)]] * 2
-    lines, later = {}, [[14, pytest.approx(0.5)]]                   # A1 begins where A0 ends
-    for line in below.lines:
-        if not line.get_label().startswith("_"):                    # of a vertical line
-            lines.setdefault(line.get_label(), []).append(line.get_xydata().tolist())
-    falls = [[3, pytest.approx(1)], [5, pytest.approx(1)], [10, pytest.approx(0.5)]]
-    assert lines == {"op": [falls, later], "width": [falls, later], "expansion": [falls, later]}
+    falls, later = [[3, 1], [5, 1], [10, 0.5]], [[14, 0.5]]         # A1 begins where A0 ends
+    for axis, name in ((op, "operation"), (expansion, "expansion"), (width, "width")):
+        assert [line.get_xydata().tolist() for line in axis.lines] == [
+            [pytest.approx(point) for point in points] for points in (falls, later)]
+        assert axis.get_title() == name
 
 
 def test_alphas_of_a_block_stay_in_its_row_and_derived_choices_are_marked(unsaved, tmp_path):
-    run, sure = make(tmp_path / "run"), [1.0] + 7 * [0.0]
+    run, sure, half = make(tmp_path / "run"), [1.0] + 7 * [0.0], 2 * [0.5] + 6 * [0.0]
     small, large = SPACES["small"][:2]
     for n, space in enumerate((small, large)):
         at, width, chosen = iter(itertools.cycle(CANDIDATES)), space.stem, []
@@ -353,26 +375,100 @@ def test_alphas_of_a_block_stay_in_its_row_and_derived_choices_are_marked(unsave
                            "stride": b.stride, "residual": b.residual, "expand": b.expand})
             width = b.widths[0]
         (run / f"A{n}.json").write_text(json.dumps(FACTS | {"stage": n, "blocks": chosen}))
-    log(run, *({"stage": n, "step": 9, "alphas": [[9, [{"op": p} for _ in space.blocks]]]}
-               for n, (space, p) in enumerate(((small, uniform(8)), (large, sure)))))
-    first, second, below, _ = plot.alphas(run, tmp_path / "alphas.png").axes
     rows = [(b.row, b.place) for b in large.blocks]
     kept = [rows.index((b.row, b.place)) for b in small.blocks]
     new, = set(range(6)) - set(kept)
+    grown = [half if n == new else sure for n in range(6)]
+    log(run, *({"stage": n, "step": 9, "alphas": [[9, [{"op": p} for p in ps]]]}
+               for n, ps in enumerate(([uniform(8)] * 5, grown))))
+    first, second, below, *_ = pictures.alphas(run, tmp_path / "alphas.png").axes
     values = first.get_images()[0].get_array()
     assert values[kept].tolist() == [uniform(8)] * 5 and np.isnan(np.ma.filled(values[new], np.nan)).all()
-    assert second.get_images()[0].get_array().tolist() == [sure] * 6
+    assert second.get_images()[0].get_array().tolist() == grown
     assert [t.get_text() for t in first.get_yticklabels()] == [f"{r + 2}.{p + 1}" for r, p in rows]
     rings = [axis.lines[0].get_xydata().tolist() for axis in (first, second)]
     assert rings == [[[n, row] for n, row in enumerate(kept)], [[n, n] for n in range(6)]]
-    dotted = [line for line in below.lines if line.get_linestyle() == ":"]
-    assert [line.get_xydata().tolist() for line in dotted] == [[[18, 0]]]
+    assert len(first.lines) == 1 and second.lines[1].get_xydata().tolist() == [[-0.5, new]]
+    # A block is averaged with those of its age, so that no mean moves because the set of blocks does.
+    assert [(line.get_label(), line.get_xydata().tolist()) for line in below.lines] == [
+        ("A0", [[9, pytest.approx(1)]]), ("A0", [[18, 0]]), ("A1", [[18, pytest.approx(1 / 3)]])]
+
+
+def searched(folder, stages, steps):
+    """A run's folder with some stages of the small space, random probabilities at steps 1, 2, .. and random
+    networks. Returns the folder and the rows of its log.
+    """
+    run, rng, rows = make(folder, accuracies=(0.5, 0.6)[:stages]), random.Random(0), []
+    for space in SPACES["small"][:stages]:
+        options = [(rng.randrange(8), rng.randrange(len(b.expansions)), rng.randrange(len(b.widths)))
+                   for b in space.blocks]
+        (run / f"A{space.stage}.json").write_text(space.arch(options, 1, 10).to_json())
+        sizes = [{"op": 8, "expansion": len(b.expansions), "width": len(b.widths)} for b in space.blocks]
+        alphas = [[step, [{name: np.random.default_rng([step, n]).dirichlet(n * [1]).tolist()
+                           for name, n in block.items() if n > 1} for block in sizes]]
+                  for step in range(1, steps + 1)]
+        rows.append({"stage": space.stage, "step": steps, "alphas": alphas})
+    log(run, *rows)
+    return run, rows
+
+
+def test_the_film_shows_the_likeliest_network_of_the_moment_and_then_the_derived_one(tmp_path, monkeypatch):
+    run, rows = searched(tmp_path / "run", stages=2, steps=2)
+    frames = []
+
+    class Writer(pictures.PillowWriter):
+        def grab_frame(self):
+            boxes, heat, curve = self.fig.axes
+            points = [p for line in curve.lines if line.get_alpha() != 0 for p in line.get_xydata().tolist()]
+            frames.append(([t.get_text() for t in boxes.texts], heat.get_images()[0].get_array(), points,
+                           curve.get_xlim() + curve.get_ylim()))
+
+        def finish(self):
+            self.outfile.write_bytes(b"GIF")
+    monkeypatch.setattr(pictures, "PillowWriter", Writer)
+    pictures.search(run, tmp_path / "search.gif")
+    assert (tmp_path / "search.gif").read_bytes() == b"GIF"
+    words = [f"A{n} {step}" for n in range(2) for step in [f"step {s}/2" for s in (1, 2, 2)]
+             + 6 * [f"{n + 1}.00 M MACs"]]
+    assert [" ".join(texts[:2]) for texts, *_ in frames] == words
+    assert [len(points) for *_, points, _ in frames] == 3 * [0] + 9 * [1] + 6 * [2]
+    assert frames[-1][2] == [[1, 50], [2, 60]] and len({limits for *_, limits in frames}) == 1
+    for first, space, row in zip((0, 9), SPACES["small"], rows):
+        for frame, (_, blocks) in zip(frames[first:], row["alphas"]):
+            widths = [b.widths[p.index(max(p))] for b, p in zip(space.blocks, (b["width"] for b in blocks))]
+            kernels = [list(CANDIDATES)[p.index(max(p))][4] for p in (b["op"] for b in blocks)]
+            drawn = [text.split("\n")[:2] for text in frame[0] if "×" in text][1:-1]
+            assert drawn == [[f"{k}×{k}", str(width)] for k, width in zip(kernels, widths)]
+            heat = frame[1].compressed() if np.ma.isMaskedArray(frame[1]) else frame[1].ravel()
+            assert heat[~np.isnan(heat)].tolist() == [q for block in blocks for q in block["op"]]
+        arch = results.networks(run)[f"A{space.stage}"]
+        drawn = [text.split("\n") for text in frames[first + 3][0] if "×" in text][1:-1]
+        assert [(out, hidden) for _, out, _, hidden in drawn] == [(str(b.out), str(b.hidden))
+                                                                  for b in arch.blocks]
+
+
+def test_the_film_is_a_gif_that_repeats(tmp_path, monkeypatch):
+    run, _ = searched(tmp_path / "run", stages=1, steps=2)
+    moments = pictures.moments                                      # the first, and the second twice
+    monkeypatch.setattr(pictures, "moments", lambda *args: itertools.islice(moments(*args), 3))
+    pictures.search(run, tmp_path / "search.gif")
+    with Image.open(tmp_path / "search.gif") as film:
+        assert film.format == "GIF" and film.info["loop"] == 0 and film.size[0] == 720
+        assert [film.seek(n) or film.info["duration"] for n in range(film.n_frames)] == [80, 160]
+
+
+def test_the_logs_digits_need_not_add_up_to_one(tmp_path):
+    run, p = make(tmp_path / "run"), [*28 * [0.033349], 0.066228]           # as many as the paper's widths
+    assert sum(p) == pytest.approx(1) and len(SPACES["paper"][4].blocks[-1].widths) == len(p)
+    log(run, {"stage": 0, "step": 5, "alphas": [
+        [5, [{"op": uniform(8), "width": [round(q, 4) for q in p]}]]]})     # 0.9986
+    assert list(results.history(run)) == [0]
 
 
 def test_everything_can_be_read_in_print(tmp_path):
     run = make(tmp_path / "run")
     log(run, {"stage": 0, "step": 5, "alphas": [[5, [{"op": uniform(8)}] * 3]]})
-    for draw, what in ((plot.curve, [run]), (plot.architectures, run), (plot.alphas, run)):
+    for draw, what in ((plot.curve, [run]), (pictures.architectures, run), (pictures.alphas, run)):
         figure = draw(what, tmp_path / "picture.png")
         assert figure.get_figwidth() <= 7.2
         assert all(text.get_fontsize() >= 8 for text in figure.findobj(Text) if text.get_text())
@@ -380,13 +476,15 @@ def test_everything_can_be_read_in_print(tmp_path):
 
 
 def test_command_line(monkeypatch, tmp_path, capsys):
-    for draw in (plot.curve, plot.architectures):
-        monkeypatch.setattr(plot, draw.__name__, functools.wraps(draw)(lambda what, path: path.touch()))
+    for module, name in ((plot, "curve"), (pictures, "architectures"), (pictures, "search")):
+        monkeypatch.setattr(module, name, lambda what, path: path.touch())
     runs = [make(tmp_path / "a"), make(tmp_path / "b", 1)]
     log(runs[0], {"stage": 0, "step": 5, "alphas": [[5, [{"op": uniform(8)}] * 3]]})
     plot.main([str(run) for run in runs])
-    names = ("curve", "architectures", "alphas")
-    assert capsys.readouterr() == ("".join(f"{name}: {runs[0] / name}.png\n" for name in names), "")
+    lines = [f"{name}: {runs[0] / name}.png\n" for name in ("curve", "architectures", "alphas")]
+    assert capsys.readouterr() == ("".join(lines), "") and not (runs[0] / "search.gif").exists()
+    plot.main([str(runs[0]), "--animate"])
+    assert capsys.readouterr() == ("".join([*lines, f"search: {runs[0] / 'search.gif'}\n"]), "")
     plot.main([str(runs[1]), "--out", str(tmp_path / "new" / "folder")])
     out, err = capsys.readouterr()
     left = sorted(file.name for file in (tmp_path / "new" / "folder").iterdir())
@@ -398,21 +496,21 @@ def test_command_line(monkeypatch, tmp_path, capsys):
 def test_a_log_of_other_networks_is_refused(tmp_path):
     log(make(tmp_path / "run"), {"stage": 0, "step": 5, "alphas": [[5, [{"op": uniform(8)}]]]})
     with pytest.raises(ValueError, match="log.jsonl .*1 blocks of A0, which has 3"):
-        plot.alphas(tmp_path / "run", tmp_path / "alphas.png")
+        pictures.alphas(tmp_path / "run", tmp_path / "alphas.png")
 
 
 def test_a_stage_that_has_not_ended_is_drawn_without_choices(unsaved, tmp_path):
     run, blocks = make(tmp_path / "run"), [{"op": uniform(8)}] * len(SPACES["small"][1].blocks)
     log(run, {"stage": 1, "step": 5, "alphas": [[5, blocks]]})
     (run / "A1.json").unlink()
-    axis, _, _ = plot.alphas(run, tmp_path / "alphas.png").axes
+    axis, *_ = pictures.alphas(run, tmp_path / "alphas.png").axes
     assert axis.get_images()[0].get_array().shape == (6, 8) and not axis.lines
 
 
 def test_a_log_without_alphas_is_refused(tmp_path):
     log(make(tmp_path / "run"), {"stage": 0, "step": 5, "steps": 5, "loss": 1.0})
     with pytest.raises(ValueError, match='no "alphas" in'):
-        plot.alphas(tmp_path / "run", tmp_path / "alphas.png")
+        pictures.alphas(tmp_path / "run", tmp_path / "alphas.png")
     assert not (tmp_path / "alphas.png").exists()
 
 

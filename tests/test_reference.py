@@ -42,6 +42,7 @@ def test_at_width_1_only_the_stem_the_strides_and_the_head_are_not_torchvisions(
     assert inner(reference.BUILDERS[name](1.0, 1, 10, 0.0)) == inner(ORIGINALS[name]())
 
 
+@pytest.mark.slow
 def test_they_become_points_of_the_curve(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(data, "load", lambda name, part: data.fake(60, (0,)))
     net = SuperNet(SPACES["small"][0], 1, 10, data.generator(0))
