@@ -28,8 +28,8 @@ from classroom.tasks import CHAPTERS, TASKS
 
 PROJECT = ("*.py", "machinery", "datasets", "results", "*.md", ".pictures", "LICENSE", "CITATION.cff",
            "requirements.txt", ".pytest.ini", ".ruff.toml", ".gitignore")
-HANDED_OUT = (*PROJECT, "tests", "classroom/checks.py", "classroom/*.md")
-KEPT_BACK = shutil.ignore_patterns("__pycache__", "test_classroom.py", "*.jsonl", "runs")
+HANDED_OUT = (*PROJECT, "tests", "classroom/checks.py", "classroom/*.md", "classroom/reader.*")
+KEPT_BACK = shutil.ignore_patterns("__pycache__", "test_classroom.py", "runs")
 CHECKS = "classroom/checks.py"
 PATIENCE = 120                                                         # seconds that a task's tests may take
 
