@@ -123,7 +123,7 @@ def by_hand(stage):
 # ------------------------------------------------------------------ what takes time
 
 @functools.cache
-def loader_of(batch_size, device):
+def loader_of(batch_size, device="cpu"):
     """(loader of Fashion-MNIST's training images, its 5/6 and 1/6 by split 0)."""
     images = data.load("fashion", "train")
     parts = data.split(images.labels, 0)
@@ -269,7 +269,7 @@ def table(args):
             networks = np.std([np.mean(x) for x in full], ddof=1)
             print(f"A{stage} {epochs:>3} epochs: networks {networks:.2f}, seeds {seeds:.2f} "
                   f"(n = {len(full)})")
-    print(f"\nAfter {args.epochs} epochs, training seed 0, accuracy on the architecture part in %")
+    print(f"\nAfter {args.epochs} epochs, training seed 0, accuracy on the validation split in %")
     for stage in args.stages:
         kinds = {}
         for row in trained:

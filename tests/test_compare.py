@@ -1,0 +1,71 @@
+"""The instrument: networks that are compared cost what they should, statistics are those of textbooks."""
+import itertools
+
+import numpy as np
+import pytest
+
+import data
+import flops
+from results import compare
+from space import SPACES, Arch
+from supernet import SuperNet
+
+
+@pytest.mark.parametrize("stage", [0, 4])
+def test_networks_that_are_compared_lie_at_the_target(stage):
+    target = flops.TARGETS["small"][stage]
+    drawn, largest = compare.random_networks(stage, 4), compare.largest(stage)
+    assert len(set(drawn)) == 4 and drawn[:2] == compare.random_networks(stage, 2)
+    for arch in (*drawn, largest, compare.by_hand(stage)):
+        assert 0.75 * target <= flops.macs(arch) <= target
+    assert all(flops.macs(arch) >= 0.97 * target for arch in drawn)
+    assert flops.params(largest) > max(map(flops.params, drawn))
+    assert {block.op for block in compare.by_hand(stage).blocks} == {"ir_k3_se_hs"}
+
+
+def test_the_interval_is_welchs():
+    """By hand: variances 1 / 3 and 4 / 3, degrees (5/3)^2 / (1/18 + 16/18) = 2.94, t(2) = 4.303."""
+    difference, half = compare.interval([1.0, 2.0, 3.0], [2.0, 4.0, 6.0])
+    assert difference == -2 and half == pytest.approx(4.303 * (5 / 3) ** 0.5)
+
+
+def test_kendalls_tau_counts_pairs():
+    one, other = np.random.default_rng(0).permutation(12), np.random.default_rng(1).permutation(12)
+    pairs = [(a - b) * (c - d) > 0 for (a, c), (b, d) in itertools.combinations(zip(one, other), 2)]
+    assert compare.kendall(one, other) == pytest.approx(2 * np.mean(pairs) - 1)
+    tau, low, high = compare.kendall_interval(one, one)
+    assert tau == high == 1 and low == 1
+
+
+def test_rows_are_kept_and_nothing_is_done_twice(tmp_path, monkeypatch, capsys):
+    for name in ("NETWORKS", "SEARCHES", "RANKS"):
+        monkeypatch.setattr(compare, name, tmp_path / f"{name}.jsonl")
+    monkeypatch.setattr(compare, "side_by_side",
+                        lambda jobs, tasks: [done(task(*arguments)) for task, arguments, done in tasks])
+    monkeypatch.setattr(data, "load", lambda name, part: data.fake(240, (0,)))
+    monkeypatch.setattr(compare, "random_networks",
+                        lambda stage, count, drawn=compare.random_networks: drawn(stage, min(count, 2)))
+    compare.loader_of.cache_clear()
+    arch = compare.random_networks(0, 1)[0].to_json()
+    monkeypatch.setattr(compare, "run_search", lambda folder, seed, more: [
+        {"seed": seed, "stage": 0, "flags": more, "arch": arch}])
+    supernet = SuperNet(SPACES["small"][0], 1, 10, data.generator(0))
+    monkeypatch.setattr(compare, "open_supernet", lambda run, stage: supernet)
+    for _ in range(2):
+        compare.main(["find", "--stages", "0", "--searches", "2", "--draws", "2", "--epochs", "1"])
+        compare.main(["rank", "--stages", "0", "--epochs", "1"])
+        rows = compare.rows(compare.NETWORKS)
+        assert sorted((row["kind"], row["number"], row["seed"]) for row in rows) == [
+            ("by hand", 0, 0), ("largest", 0, 0), ("random", 0, 0), ("random", 0, 1), ("random", 1, 0),
+            ("random", 1, 1), ("searched", 0, 0), ("searched", 1, 0)]
+        assert [row["seed"] for row in compare.rows(compare.SEARCHES)] == [0, 1]
+        assert [row["number"] for row in compare.rows(compare.RANKS)] == [0, 1]
+    by = {(row["kind"], row["number"], row["seed"]): row for row in rows}
+    assert by["searched", 0, 0]["accuracy"] == by["random", 0, 0]["accuracy"]     # the same network and seed
+    assert all(flops.macs(Arch.from_json(row["arch"])) == row["flops"] for row in rows)
+    capsys.readouterr()
+    compare.main(["table", "--stages", "0", "--epochs", "1"])
+    said = capsys.readouterr().out
+    accuracies = [100 * by["random", n, 0]["accuracy"] for n in range(2)]
+    assert f"random {np.mean(accuracies):.2f} +- {np.std(accuracies, ddof=1):.2f} (n = 2)" in said
+    compare.loader_of.cache_clear()
