@@ -116,7 +116,8 @@ def evaluate_derived(arch, supernet, loader, parts, *position):
     of the training data and evaluated on the second. `position` seeds the order of the batches.
     """
     network = inherit(Network(arch).to(loader.device), supernet).requires_grad_(False)
-    recalibrate(network, itertools.islice(loader.shuffled(parts[0], *position), RECALIBRATION))
+    batches = loader.shuffled(parts[0], *position, shard=processes.shard())
+    processes.average_buffers(recalibrate(network, itertools.islice(batches, RECALIBRATION)))
     return network, evaluate(network, loader, parts[1])
 
 
@@ -173,7 +174,7 @@ def open_supernet(run, stage):
 
 
 def parser():
-    p = flags.Parser("derive.py", __doc__)
+    p = flags.Parser("derive.py", __doc__, "derive.py RUN [flags]")
     p.add_argument("run", type=Path, metavar="RUN", help="folder of a search")
     p.add_argument("--stage", type=int, choices=range(5),
                    help="one of A0..A4 (all that the run has; without a budget its last)")
@@ -187,6 +188,8 @@ def parser():
                    help="the front: N networks from the cheapest to the dearest, each measured (2 to 1000)")
     p.add_argument("--refine", type=flags.number(int, 1, 1000), default=1, metavar="N",
                    help="measure N likely networks near the budget and take the best (1: none)")
+    p.add_argument("--data", type=flags.data_name, metavar="DIR",
+                   help="where the run's images are now, if they have moved")
     p.add_argument("--out", type=Path, metavar="FILE", help="the JSON file (in the run's folder)")
     return p
 
@@ -203,7 +206,7 @@ def main(argv=None):
     supernets = [open_supernet(args.run, k) for k in stages]
     if not supernets:
         raise Refused(f"{args.run} has no A{args.stage or 0}.pt: no such stage was finished")
-    accuracy = evaluator(args.run) if args.points or args.refine > 1 else None
+    accuracy = evaluator(args.run, args.data) if args.points or args.refine > 1 else None
     if args.points:
         name, text = "points", json.dumps(front(supernets, args.points, accuracy), indent=1) + "\n"
     else:
@@ -216,9 +219,14 @@ def main(argv=None):
     print(f"written: {path}")
 
 
-def evaluator(run):
-    """A function (supernet, arch) -> accuracy on the architecture part of the run's images."""
-    args = flags.settings_of(run)
+def evaluator(run, moved):
+    """A function (supernet, arch) -> accuracy on the validation split of the search in the folder `run`.
+
+    moved: --data, or None. Refused if the run's images are not there.
+    """
+    args = flags.settings_of(run, moved)
+    if moved not in (None, args.data):
+        raise Refused(f"--data: the run's images are {args.data}, and {moved} does not hold the same")
     images = flags.load_images(args, "train", run)
     folder.unchanged(images, run)
     parts = data.split(images.labels, args.seed)
@@ -283,7 +291,7 @@ def report(supernet, solution, accuracy=None):
     row = {"stage": arch.stage, "flops": macs(arch), "params": params(arch),
            "log_likelihood": solution.log_likelihood, "accuracy": accuracy and accuracy(supernet, arch),
            "arch": json.loads(arch.to_json())}
-    measured = f"  {100 * row['accuracy']:5.1f} % of the architecture part" if accuracy else ""
+    measured = f"  {100 * row['accuracy']:5.1f} % on the validation split" if accuracy else ""
     print(f"A{arch.stage}  {row['flops'] / 1e6:8.3f} M MACs  {row['params'] / 1e6:7.3f} M parameters  "
           f"log-likelihood {solution.log_likelihood:8.2f}{measured}", flush=True)
     return row

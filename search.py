@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import math
+import shlex
 import sys
 import time
 
@@ -63,6 +64,8 @@ def train_stage(supernet, teacher, loader, parts, args, run):
     stage, weights, alphas = supernet.space.stage, supernet.weights(), supernet.alphas()
     sgd, adam = optimizers(supernet, args)
     epoch_length, steps = schedule(args, stage, parts)
+    print(f"A{stage}: {steps} steps, each on two of 10^{math.log10(flops.networks(supernet.space)):.0f} "
+          "networks,", f"taught by A{stage - 1}" if teacher else "without a teacher", flush=True)
     start, shard = run.begin(stage, supernet=supernet, sgd=sgd, adam=adam), processes.shard()
     w_batches = loader.shuffled(parts[0], args.seed, stage, WEIGHTS, start=start, shard=shard)
     start //= WEIGHTS_A_STEP
@@ -173,9 +176,8 @@ def finish_stage(run, out, arch, accuracy, supernet=None):
         processes.save_checkpoint(out / f"A{stage}.pt", supernet.state_dict())
     processes.write(out / f"A{stage}.json", arch.to_json())
     processes.write(out / "summary.json", json.dumps(run.state["summary"], indent=1) + "\n")
-    says = "" if accuracy is None else (f", {100 * accuracy:.1f} % of the architecture part right with the "
-                                        "supernet's weights")
-    print(f"A{stage}: a network of {flops.macs(arch) / 1e6:.2f} M MACs{says}", flush=True)
+    right = "" if accuracy is None else f", {100 * accuracy:.1f} % right on the validation split"
+    print(f"A{stage}: derived a network of {flops.macs(arch) / 1e6:.2f} M MACs{right}", flush=True)
 
 
 def scale_up(args, out, run):
@@ -218,7 +220,7 @@ def check(args, images):
     """Fill in args.flops_target. Refused if images, batch and target do not go together."""
     if args.batch_size > len(images.labels) // 6:
         raise files.Refused(f"--batch-size {args.batch_size} is more than the {len(images.labels) // 6} "
-                            "images of the architecture part")
+                            "images of the validation split (the sixth from which alpha learns)")
     shape = images.channels, images.resolution, images.classes
     args.flops_target = args.flops_target or flops.targets(args.space, *shape)
     if args.method == "scaling" and min(args.flops_target[:args.stages]) < args.flops_target[0]:
@@ -247,7 +249,7 @@ def main(argv=None):
         if args.resume:
             run.resume()
         folder.unchanged(images, out)
-        flags.save_settings(args, out)
+        processes.write(out / "args.json", json.dumps(flags.kept(args), indent=1) + "\n")
         folder.record(images, out, data.split(images.labels, args.seed))
         print(f"{args.method} on {args.data}, seed {args.seed}, into {out}", flush=True)
         if args.method == "scaling":
@@ -259,7 +261,11 @@ def main(argv=None):
         print(results.table(run.state["summary"]))
         if processes.rank() == 0:
             plot.curve([out], out / "curve.png")
-    print(f"curve: {out / 'curve.png'}; train the networks: python train.py {out}")
+    searched = [row["flops"] for row in run.state["summary"] if row["accuracy"] is not None]
+    budget, folder_name = searched[len(searched) // 2], shlex.quote(str(out))
+    print(f"curve: {out / 'curve.png'}; next, train the networks, and derive one for a budget:\n"
+          f"    python train.py {folder_name}\n"
+          f"    python derive.py {folder_name} --flops {budget / 1e6:.3g}M")
 
 
 if __name__ == "__main__":

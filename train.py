@@ -1,21 +1,19 @@
 """Training a derived network, or all of a run, from scratch or from the supernet's weights (Experiments).
 
-    python train.py runs/001                     # A0.json, A1.json, .. of a run, then the curve
-    python train.py runs/001 --init inherit      # from the supernet's weights
+    python train.py runs/001                        # A0.json, A1.json, .. of a run, then the curve
+    python train.py runs/001 --init inherit         # from the supernet's weights
     python train.py runs/001/A3.net.pt --export A3.onnx
     torchrun --nproc_per_node 8 train.py runs/001   # a process a GPU, each on its shard of every batch
 
-`train` is the recipe ("retraining"): SGD with Nesterov momentum, linear warm-up and a cosine to zero, label
-smoothing, weight decay of weight matrices alone, dropout before the classifier, an exponential moving average
-of the weights. Batch norm is measured anew after every epoch. The network of the last epoch counts: no model
-is selected on test images. What is trained is one file, A3.net.pt, which network.py loads and runs on images:
-`python network.py A3.net.pt photo.jpg`.
+What is trained is one file, A3.net.pt: `python network.py A3.net.pt photo.jpg`. No model is selected on test
+images: the network of the last epoch counts.
 """
 from machinery import export, files, flags, folder, processes
 from machinery.files import Refused
 from machinery.flags import number
 from machinery.results import curves
 from machinery.run import Run
+from machinery.workers import cores
 
 import argparse
 import contextlib
@@ -39,7 +37,7 @@ from network import Network, load, save
 from ops import initialise
 
 # The paper says 180 epochs of ImageNet; the other values for it are common ones. Those for small images are
-# ours, chosen on the architecture part (--validate); an average over three epochs would only lag behind.
+# ours, chosen on the validation split (--validate); an average over three epochs would only lag behind.
 DEFAULTS = {"paper": {"epochs": 180, "batch_size": 1024, "lr": 0.4, "dropout": 0.2, "ema": 0.9999},
             "small": {"epochs": 3, "batch_size": 64, "lr": 0.2, "dropout": 0.0, "ema": 0.0}}
 SETTINGS = ("epochs", "batch_size", "accumulate", "lr", "weight_decay", "smoothing", "dropout", "ema",
@@ -55,6 +53,10 @@ def learning_rate(peak, step, steps, warmup=0.05):
 
 def train(network, stage, loader, index, test, args, run):
     """Train `network` on the images at `index`, and return it, or its moving average.
+
+    The recipe ("retraining") is SGD with Nesterov momentum, linear warm-up and a cosine to zero, label
+    smoothing, weight decay of weight matrices alone, dropout before the classifier, an exponential moving
+    average of the weights. Batch norm is measured anew after every epoch.
 
     test: a function of a network -> its accuracy, which is logged after every epoch. `run` has the rows.
     """
@@ -91,8 +93,9 @@ def train(network, stage, loader, index, test, args, run):
                 average.update_parameters(network)
 
         if run.ends_epoch(step):
-            recalibrate(result, itertools.islice(                  # running statistics lag behind the weights
-                loader.shuffled(index, args.seed, stage, STATISTICS, epoch), RECALIBRATION))
+            again = loader.shuffled(index, args.seed, stage, STATISTICS, epoch, shard=shard)
+            recalibrate(result, itertools.islice(again, RECALIBRATION))     # statistics lag behind weights
+            processes.average_buffers(result)
             row = run.log({"epoch": epoch, "accuracy": test(result)})
             print(f"{args.name} epoch {epoch}: loss {row['loss']:.3f}, "
                   f"accuracy {100 * row['accuracy']:.2f} %, {row['seconds']:.0f} s", flush=True)
@@ -108,7 +111,10 @@ def initial(arch, args):
     initialise(network, data.generator(args.seed, arch.stage, INITIAL))
     if args.init == "inherit":
         supernet = open_supernet(args.run_folder, arch.stage)
+        ends = supernet.stem.in_channels, supernet.classifier.out_features
         try:
+            if (arch.in_channels, arch.classes) != ends:            # of which a part would be copied
+                raise ValueError
             inherit(network, supernet)
         except (RuntimeError, ValueError):              # more channels than the supernet has, or more blocks
             raise Refused(f"the network is no part of the supernet in {args.run_folder}/A{arch.stage}.pt, so "
@@ -117,31 +123,34 @@ def initial(arch, args):
 
 
 def parser():
-    p = flags.Parser("train.py", __doc__)
+    p = flags.Parser("train.py", __doc__, "train.py ARCH.json|RUN [flags]")
     p.add_argument("what", type=Path, metavar="ARCH.json|RUN", help="a network, or the folder of a run")
     p.add_argument("--init", choices=("scratch", "inherit"), default="scratch",
-                   help="random weights as in the paper, or the supernet's, from the .pt file beside "
-                   "(scratch)")
+                   help="random weights, or the supernet's (scratch, Experiments)")
     p.add_argument("--export", type=Path, metavar="FILE",
                    help="write the trained network as .pt2 (torch.export) or .onnx as well")
-    g = p.add_argument_group("training", "(defaults for the paper's space; for small images)")
-    g.add_argument("--epochs", type=number(int, 1, 1e6), help="(180, the paper's; 3)")
-    g.add_argument("--batch-size", type=number(int, 1), metavar="B", help="(1024; 64)")
+    g = p.add_argument_group("training", flags.SOURCES)
+    g.add_argument("--epochs", type=number(int, 1, 1e6), metavar="E", help="(180, Experiments; 3)")
+    g.add_argument("--batch-size", type=number(int, 1), metavar="B", help="(1024, Experiments; 64)")
     g.add_argument("--lr", type=number(float, 1e-9), help="peak learning rate (0.4; 0.2)")
-    g.add_argument("--weight-decay", type=number(float, 0), default=1e-4, help="of weight matrices (1e-4)")
-    g.add_argument("--smoothing", type=number(float, 0, 0.999), default=0.1, help="label smoothing (0.1)")
-    g.add_argument("--dropout", type=number(float, 0, 0.999),
+    g.add_argument("--weight-decay", type=number(float, 0), default=1e-4, metavar="W",
+                   help="of weight matrices (1e-4)")
+    g.add_argument("--smoothing", type=number(float, 0, 0.999), default=0.1, metavar="S",
+                   help="label smoothing (0.1)")
+    g.add_argument("--dropout", type=number(float, 0, 0.999), metavar="P",
                    help="probability before the classifier (0.2; 0)")
     g.add_argument("--ema", type=number(float, 0, 1 - 1e-9),
                    help="decay of the weights' average, 0 for none (0.9999; 0)")
     g.add_argument("--autocast", action=argparse.BooleanOptionalAction, help="bfloat16 (on a GPU)")
-    g.add_argument("--validate", action="store_true", help="to choose settings: train on 5/6 of the training "
-                   "images, report accuracy on the other 1/6 instead of the test images, and write nothing")
-    flags.data_flags(p.add_argument_group("data", "as in search.py; without --data, the run's own"))
+    g.add_argument("--validate", action="store_true",
+                   help="evaluate on the search's validation split, and write nothing")
+    flags.data_flags(p.add_argument_group("data; without --data the run's own"))
     g = p.add_argument_group("the run")
     g.add_argument("--out", type=Path, metavar="DIR", help="folder of the results (the network's)")
     g.add_argument("--resume", action="store_true",
                    help="go on where the last training ended; skip what is trained")
+    g.add_argument("--jobs", type=number(int, 1, 64), default=1, metavar="N",
+                   help="train N networks of a run side by side, each with one thread (1)")
     flags.run_flags(g)
     return p
 
@@ -168,10 +177,7 @@ def own_images(args, archs):
     """
     wanted, ran = flags.DATA | {"seed": args.seed}, {}
     if (args.run_folder / "args.json").exists():
-        ran = vars(flags.settings_of(args.run_folder))
-        if args.data not in (None, *data.NAMES) and ran["data"] not in data.NAMES and folder.is_same(
-                Path(args.data), ran["seed"], ran["classes"], args.run_folder):
-            ran["data"] = args.data                     # the run's images have moved
+        ran = vars(flags.settings_of(args.run_folder, args.data))
         if args.data in (None, ran["data"]):
             wanted |= {key: ran[key] for key in ("data", "classes", "skip_broken", "seed")}
     wanted |= {key: getattr(args, key) for key in flags.DATA if getattr(args, key) is not None}
@@ -192,6 +198,8 @@ def check(args, archs, images):
             raise Refused(f"--init inherit needs the supernet's weights, {weights}")
     if args.validate and (args.resume or args.export):
         raise Refused("--validate writes nothing, and goes on with nothing: not with --resume or --export")
+    if args.jobs > 1 and (args.validate or processes.world_size() > 1):
+        raise Refused("--jobs trains a run's networks side by side: not with --validate or torchrun")
     if args.export and len(archs) > 1:
         raise Refused("--export writes one network: name its ARCH.json")
     curves([args.out])            # which the curve at the end will be drawn of
@@ -202,11 +210,6 @@ def completed(args, arch, name, device):
     defaults = DEFAULTS["paper" if arch.space == "paper" else "small"] | {"autocast": device.type == "cuda"}
     given = {key: value for key, value in vars(args).items() if value is not None}
     return argparse.Namespace(**vars(args) | defaults | given | {"name": name})
-
-
-def label(name, args):
-    """What the files of a network are called."""
-    return name if args.init == "scratch" else f"{name}.{args.init}"
 
 
 def check_size(arch, args, images, device):
@@ -269,26 +272,32 @@ def train_one(arch, images, test_images, parts, args, run):
     return content.getvalue(), rows
 
 
-def train_all(args, archs, images, test_images, device, signals):
-    """Train each of `archs` that is not trained yet, and write it and the results into args.out."""
+def train_all(args, archs, images, test_images, device, signals, write=True):
+    """Train each of `archs` that is not trained yet, and write it and the results into args.out.
+
+    write: False leaves each in its last checkpoint, from which another call goes on, and writes it. Returns
+    the last one's file.
+    """
     parts = torch.arange(len(images.labels)), torch.arange(len(test_images.labels))
     if args.validate:
         parts = data.split(images.labels, args.split_seed)
     for name, searched in archs.items():
         arch = searched._replace(classes=images.classes, resolution=images.resolution)  # as the images are
-        given = completed(args, arch, label(name, args), device)
+        file_name = name if args.init == "scratch" else f"{name}.{args.init}"
+        given = completed(args, arch, file_name, device)
         given.data = f"{len(parts[0]):,} images of {getattr(images, 'digest', args.data)}"
         processes.on_rank0(check_size, arch, given, len(parts[0]), device)
         settings = {key: getattr(given, key) for key in SETTINGS} | {"network": arch.to_json()}
         path, checkpoint = args.out / f"{given.name}.net.pt", args.out / f"{given.name}.last.pt"
         if not args.validate and processes.on_rank0(is_trained, given, settings):
-            print(f"{given.name} is trained: {path}", flush=True)
+            if write:
+                print(f"{given.name} is trained: {path}", flush=True)
             continue
         run = Run(None if args.validate else checkpoint, settings, device, signals, most_skipped=0)
         if args.resume:
             run.resume()
         content, epochs = train_one(arch, images, test_images, parts, given, run)
-        if args.validate or processes.rank():
+        if args.validate or processes.rank() or not write:
             continue                                        # of many processes rank 0 writes
         files.write(path, content)
         enter(args.out / "trained.json", {
@@ -297,9 +306,21 @@ def train_all(args, archs, images, test_images, device, signals):
             "seed": args.seed, "epochs": epochs})
         checkpoint.unlink()
         print(f"{given.name} is trained: {path}", flush=True)
-    if processes.rank() == 0 and not args.validate and (args.out / "summary.json").exists():
+    if write and processes.rank() == 0 and not args.validate and (args.out / "summary.json").exists():
         plot.curve([args.out], args.out / "curve.png")
         print(f"curve: {args.out / 'curve.png'}")
+    return path
+
+
+@flags.command
+def job(given):
+    """What a process of --jobs does: it trains one network to its last checkpoint."""
+    args, wanted, archs = given
+    with contextlib.redirect_stdout(None):
+        images, test_images = (flags.load_images(wanted, part, args.out) for part in ("train", "test"))
+    with processes.catch_signals() as signals:
+        device = processes.choose_device(args.device)
+        train_all(args, archs, images, test_images, device, signals, write=False)
 
 
 @flags.command
@@ -324,9 +345,14 @@ def main(argv=None):
         if not args.validate:
             folder.record(images, args.out)
             folder.record(test_images, args.out)
-        train_all(args, archs, images, test_images, device, signals)
+        if args.jobs > 1:
+            if wanted.workers is None:
+                wanted.workers = cores() // args.jobs
+            each = [(args, wanted, {name: arch}) for name, arch in archs.items()]
+            processes.side_by_side(job, each, args.jobs, signals)
+            args.resume = True                  # from the checkpoints that they have left
+        path = train_all(args, archs, images, test_images, device, signals)
     if args.export:
-        path = args.out / f"{label(*archs, args)}.net.pt"
         processes.on_rank0(lambda: export.export(read_trained(path), args.export))  # which rank 0 has written
 
 

@@ -89,11 +89,13 @@ _locks = []                     # file handles of the folders that this process 
 
 
 @contextlib.contextmanager
-def lock(folder):
-    """Lock `folder` until the end of the block, or of this process. BlockingIOError if another one has."""
+def lock(folder, wait=False):
+    """Lock `folder` until the end of the block, or of this process. BlockingIOError if another one has, or
+    wait for it.
+    """
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         _locks.append(handle)
         yield
     finally:

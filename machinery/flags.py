@@ -7,7 +7,6 @@ import contextlib
 import functools
 import io
 import itertools
-import json
 import math
 import os
 import sys
@@ -16,14 +15,13 @@ from pathlib import Path
 import data
 from space import SPACES, Arch, total_stride
 
-METHODS = {"cst": "curriculum supernet training, the paper's",
-           "direct": "every stage from scratch, without a teacher",
-           "naive": "grown with random new weights, without a teacher",
-           "scaling": "A1.. are A0's network in larger widths and depths, not searched"}
+METHODS = {"cst": "the curriculum", "direct": "each stage alone", "naive": "growth by random weights",
+           "scaling": "A0's network made larger"}
 # The paper's epochs and batch size; our small space takes a hundredth of A0's epochs, and a 150th of the
 # others', which cost more and begin with what A0 has learnt. All else is ours.
 DEFAULTS = {"paper": {"epochs": [100.0, *[60.0] * 4], "batch_size": 1024, "lr": 0.4, "alpha_lr": 0.01},
             "small": {"epochs": [1.0, *[0.4] * 4], "batch_size": 32, "lr": 0.1, "alpha_lr": 0.02}}
+SOURCES = "In brackets: the default in the paper's space, with its source if it is the paper's; that in ours."
 RESOLUTION = {"paper": 224, "small": 32}        # of the images of a folder
 DATA = {"data": "fashion", "classes": None, "resolution": None, "workers": None, "skip_broken": False}
 NOT_KEPT = ("out", "resume", "dry_run")         # flags that are no setting of a run
@@ -33,9 +31,9 @@ FREE = ("stages", "device", "checkpoint_every", "workers")      # settings that 
 class Parser(argparse.ArgumentParser):
     """Its errors are Refused, so that they end as every other mistake does."""
 
-    def __init__(self, script, description):
-        super().__init__(prog=script, description=description,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
+    def __init__(self, script, description, usage=None):
+        super().__init__(script, usage, description, formatter_class=functools.partial(
+            argparse.RawDescriptionHelpFormatter, max_help_position=30))
 
     def error(self, message):
         raise Refused(message)
@@ -75,41 +73,41 @@ def command(main):
 
 def search_parser(description):
     """The flags of search.py."""
-    p = Parser("search.py", description)
+    p = Parser("search.py", description, "search.py [flags]")
     g = p.add_argument_group("the curriculum")
-    g.add_argument("--stages", type=int, choices=range(1, 6), default=5, help="how many of A0..A4 (5)")
+    g.add_argument("--stages", type=int, choices=range(1, 6), default=5,
+                   help="how many of A0..A4 (5, Fig. 2)")
     g.add_argument("--space", choices=SPACES, default="small",
-                   help="the paper's, or ours for small images (small)")
-    g.add_argument("--method", choices=METHODS, default="cst",
-                   help="; ".join(f"{name}: {words}" for name, words in METHODS.items()) + " (cst)")
+                   help="the paper's, Tables 1 and 5-8, or ours for small images (small)")
+    g.add_argument("--method", choices=METHODS, default="cst", metavar="M",
+                   help="; ".join(f"{name}: {words}" for name, words in METHODS.items()) + " (cst, Fig. 5)")
     g.add_argument("--no-grow", dest="grow", action="store_false",
-                   help="ablation (Fig. 6): every stage from scratch, without SuperNet2SuperNet")
+                   help="every stage from scratch, without SuperNet2SuperNet (Fig. 6)")
     g.add_argument("--no-distill", dest="distill", action="store_false",
-                   help="ablation (Fig. 6): without the teacher of Eq. 4")
-    g.add_argument("--teacher", choices=("supernet", "network"), default="supernet",
-                   help="who speaks in Eq. 4: the previous supernet on its most likely path, or the network "
-                   "derived from it (supernet)")
-    g.add_argument("--widen", choices=("eq3", "split", "zero", "naive"), default="eq3",
-                   help="how new channels are consumed: by Eq. 3; by it with random shares (split); not at "
-                   "first, which preserves every old sub-network (zero); or as in --method naive (eq3)")
+                   help="without the teacher of Eq. 4 (Fig. 6)")
+    g.add_argument("--teacher", choices=("supernet", "network"), default="supernet", metavar="WHO",
+                   help="the previous supernet, or its derived network (supernet, Eq. 4)")
+    g.add_argument("--widen", choices=("eq3", "split", "zero", "naive"), default="eq3", metavar="HOW",
+                   help="new channels are consumed by Eq. 3, in random shares (split), not at first (zero), "
+                   "or by random weights (naive) (eq3)")
     g.add_argument("--flops-target", nargs="+", type=amount, metavar="F",
-                   help="MACs of each stage's network, as in 0.9M, or off (Table 3; for our space the like)")
-    g = p.add_argument_group("data and training", "(defaults in the paper's space; in ours)")
+                   help="MACs of each stage's network, as in 0.9M, or off (Table 3's; the like)")
+    g = p.add_argument_group("data and training", SOURCES)
     data_flags(g)
     p.set_defaults(**DATA)
     g.add_argument("--epochs", nargs="+", type=number(float, 1e-9, 1e6), metavar="E",
-                   help="of each stage, or one number for all; fractions will do (100 60 60 60 60; 1 0.4 "
-                   "0.4 0.4 0.4)")
-    g.add_argument("--batch-size", type=number(int, 1), metavar="B", help="images a step (1024; 32)")
+                   help="a stage, or for all (100 60 60 60 60, Experiments; 1 0.4 0.4 0.4 0.4)")
+    g.add_argument("--batch-size", type=number(int, 1), metavar="B",
+                   help="images a step (1024, Experiments; 32)")
     g.add_argument("--lr", type=number(float, 1e-9), help="peak learning rate of the weights' SGD (0.4; 0.1)")
-    g.add_argument("--weight-decay", type=number(float, 0), default=1e-4, help="of the weights (1e-4)")
-    g.add_argument("--alpha-lr", type=number(float, 1e-9),
-                   help="learning rate of the architecture's Adam (0.01; 0.02)")
+    g.add_argument("--weight-decay", type=number(float, 0), default=1e-4, metavar="W",
+                   help="of the weights (1e-4)")
+    g.add_argument("--alpha-lr", type=number(float, 1e-9), metavar="LR",
+                   help="learning rate of alpha's Adam (0.01; 0.02)")
     g = p.add_argument_group("the run")
-    g.add_argument("--out", type=Path, metavar="DIR",
-                   help="folder of the run (the next of runs/001, runs/002, ..)")
+    g.add_argument("--out", type=Path, metavar="DIR", help="its folder (the next of runs/001, runs/002, ..)")
     g.add_argument("--resume", action="store_true",
-                   help="go on with the run in --out, with its settings; begin it if there is none")
+                   help="go on with the run in --out, or begin it if there is none")
     g.add_argument("--dry-run", action="store_true",
                    help="measure a few steps, print what the run would cost, and stop")
     run_flags(g)
@@ -119,30 +117,26 @@ def search_parser(description):
 def run_flags(g):
     """Add the flags that search.py and train.py share beside those of the data to an argparse group."""
     g.add_argument("--accumulate", type=number(int, 1), default=1, metavar="N",
-                   help="compute a batch in N pieces, for less memory: the same gradient, but for batch "
-                   "norm, which sees a piece at a time (1)")
+                   help="compute a batch in N pieces, for less memory (1)")
     g.add_argument("--checkpoint-every", type=number(int, 1), default=500, metavar="N",
-                   help="steps between checkpoints within an epoch; a kill loses no more than these (500)")
+                   help="steps between checkpoints: what a kill may lose (500)")
     g.add_argument("--seed", type=number(int, 0), default=0, help="the same seed gives the same run (0)")
     g.add_argument("--device", default="auto", help="cpu, cuda, .. (auto: an accelerator if there is one)")
 
 
 def data_flags(g):
     """Add the flags that say which images, without defaults, to an argparse group."""
-    g.add_argument("--data", type=data_name, metavar="{" + ",".join(data.NAMES) + ",DIR}",
-                   help="Fashion-MNIST, which is here; CIFAR, which is downloaded; patterns to try things "
-                   "with; or a folder: train/ and val/ of class folders (ImageNet), or class folders alone, "
-                   "of which a sixth is held out to test on (fashion)")
+    g.add_argument("--data", type=data_name, metavar="NAME|DIR",
+                   help="fashion, cifar10, cifar100, fake; or a folder: train/ and val/ of class folders, or "
+                   "class folders alone, a sixth of which is held out to test on (fashion)")
     g.add_argument("--classes", type=number(int, 2), metavar="N",
-                   help="of a folder: N classes, drawn by the seed (all)")
+                   help="of a folder: so many, drawn by the seed (all; in the paper 100)")
     g.add_argument("--resolution", type=number(int, 8, 4096), metavar="R",
-                   help="of a folder: pixels a side (224; 32)")
+                   help="of a folder: pixels a side (224, Table 1; 32)")
     g.add_argument("--workers", type=number(int, 0), metavar="N",
-                   help="of a folder: processes that decode images, in a search for each of its two parts; "
-                   "0 for none (as many as cores, up to 8)")
+                   help="of a folder: processes that decode images (as many as cores, up to 8)")
     g.add_argument("--skip-broken", action="store_true", default=None,
-                   help="of a folder: leave out images that cannot be read. All are tried before the start, "
-                   "once a run, and a broken one ends it without this flag")
+                   help="of a folder: leave out images that cannot be read")
 
 
 def data_name(text):
@@ -185,7 +179,8 @@ def load_images(args, part, run=None, checked=True):
         raise Refused(f"--data: {args.data} is neither one of {', '.join(data.NAMES)} nor a folder")
     try:
         if args.data in data.NAMES:
-            return processes.rank0_first(data.load, args.data, part)
+            with files.lock(Path(data.__file__).parent, wait=True):     # only one downloads
+                return data.load(args.data, part)
         return folder.load(Path(args.data), part, args.seed, args.resolution or RESOLUTION[args.space],
                            args.classes, args.workers, args.skip_broken, run, checked)
     except (OSError, EOFError, ValueError) as error:
@@ -231,8 +226,12 @@ def argv_of(settings):
     return argv
 
 
-def settings_of(run):
-    """The arguments of the search that left args.json in the folder `run`. Refused if they are not such."""
+def settings_of(run, images=None):
+    """The arguments of the search that left args.json in the folder `run`. Refused if they are not such.
+
+    images: a value of --data. If it is a folder to which the run's images have moved, it takes the place of
+    the one in args.json.
+    """
     file = run / "args.json"
     settings = files.read_json(file)
     try:
@@ -242,6 +241,9 @@ def settings_of(run):
                 raise Refused(f"{key} is {value!r}, not {getattr(args, key)!r}")
     except Refused as error:
         raise Refused(f"{file} is not what a run writes ({error})") from None
+    if images and not {images, args.data} & set(data.NAMES) and folder.is_same(
+            Path(images), args.seed, args.classes, run):
+        args.data = images
     return args
 
 
@@ -357,8 +359,3 @@ def check_pixels(args, size, name, blocks):
     if size <= strides and batch_pieces(args)[1] == 1:
         raise Refused(f"a piece of one image, of which {name} leaves one pixel, is too little for batch "
                       "norm: take a larger --batch-size, a smaller --accumulate, or a larger --resolution")
-
-
-def save_settings(args, out):
-    """Write args.json, by which a run is gone on with."""
-    processes.write(out / "args.json", json.dumps(kept(args), indent=1) + "\n")

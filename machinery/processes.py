@@ -4,12 +4,15 @@ All compute, each on its shard of every batch; rank 0 alone prints and writes. W
 process, which is rank 0.
 """
 from machinery import files
+from machinery.workers import end_with
 
 import contextlib
 import datetime
+import multiprocessing.connection
 import os
 import signal
 import sys
+import threading
 
 import torch
 import torch.distributed as dist
@@ -110,6 +113,14 @@ def all_reduce_mean(parameters, *values):
     return [part.view_as(v) for part, v in zip(parts[len(sampled):], values)]
 
 
+@torch.no_grad()
+def average_buffers(network):
+    """Replace the batch-norm statistics of `network` by their means over all processes."""
+    statistics = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+    for buffer, mean in zip(statistics, all_reduce_mean([], *statistics)):
+        buffer.copy_(mean)
+
+
 def all_reduce_sum(tensor):
     """The sum of a tensor over all processes."""
     if world_size() > 1:
@@ -145,25 +156,32 @@ def all_gather(items):
     return [item for some in lists for item in some]
 
 
-def rank0_first(function, *arguments):
-    """What `function(*arguments)` returns; on each machine one process calls it before the others do.
+def side_by_side(function, inputs, count, signals):
+    """Call function(x) of each x of `inputs`, `count` at a time, in processes of their own with one thread.
 
-    For what leaves files that the others find, as a download does. It may take longer than `process_group`
-    lets a process wait, so it is the store of torchrun that is waited for.
+    SystemExit if a signal has come or a process has failed: the others get SIGTERM, and are waited for.
     """
-    if not dist.is_torchelastic_launched():
-        return function(*arguments)
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    done = [f"{os.environ['TORCHELASTIC_RESTART_COUNT']} {arguments} done on {machine}"
-            for machine in range(int(os.environ["GROUP_WORLD_SIZE"]))]
-    result = None
-    if os.environ["LOCAL_RANK"] == "0":
-        try:
-            result = function(*arguments)
-        finally:
-            store.set(done[int(os.environ["GROUP_RANK"])], "")
-    store.wait(done, datetime.timedelta(days=1))
-    return function(*arguments) if result is None else result
+    context, waiting = multiprocessing.get_context("spawn"), list(inputs)
+    running, status = [], 0
+    while running or waiting and not status:
+        while waiting and len(running) < count and not status:
+            running.append(context.Process(target=single, args=(function, waiting.pop(0), os.getpid())))
+            running[-1].start()
+        multiprocessing.connection.wait([process.sentinel for process in running], timeout=1)
+        codes = [process.exitcode for process in running]
+        running = [process for process, code in zip(running, codes) if code is None]
+        status = status or (128 + signals[0] if signals else next(filter(None, codes), 0))
+        for process in running if status else ():
+            process.terminate()
+    if status:
+        raise SystemExit(status if status > 0 else "a process was killed, of too little memory perhaps")
+
+
+def single(function, x, parent):
+    """What a process of `side_by_side` does. It ends with its parent."""
+    threading.Thread(target=end_with, args=[parent], daemon=True).start()
+    torch.set_num_threads(1)
+    function(x)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from machinery import files, processes
 
 import contextlib
 import json
+import multiprocessing
 import time
 
 import torch
@@ -90,7 +91,8 @@ class Run:
         SystemExit, after the checkpoint, if a signal has come.
         """
         self.total, self.epoch_length = total, epoch_length
-        hidden = processes.rank() > 0 or None       # None: shown on a terminal alone
+        alone = multiprocessing.parent_process() is None
+        hidden = processes.rank() > 0 or not alone or None          # None: shown on a terminal alone
         with tqdm(total=total, initial=self.state["step"], desc=label, disable=hidden) as bar:
             for step in range(self.state["step"], total):
                 yield step

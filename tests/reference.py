@@ -113,7 +113,7 @@ def parse(argv):
                    help="MACs (those of A0, A2 and A4)")
     own, rest = p.parse_known_args(argv)
     args = train.parser().parse_args([str(own.dir), *rest])
-    for flag in ("init", "export", "validate", "out"):
+    for flag in ("init", "export", "validate", "out", "jobs"):
         if getattr(args, flag) != train.parser().get_default(flag):
             raise files.Refused(f"--{flag} is for train.py alone")
     return own, args

@@ -27,7 +27,7 @@ from test_train import PLAIN
 import data
 import search
 import train
-from derive import derive, evaluate
+from derive import derive, evaluate, recalibrate
 from network import Network
 from ops import initialise
 from space import SPACES
@@ -89,6 +89,18 @@ def trained():
             "accuracies": [row["accuracy"] for row in rows]}
 
 
+def recalibrated(shards):
+    """A network's batch-norm statistics of three batches, of which it sees these `shards`: (rank, count)."""
+    images, index = data.load("fake", "train"), torch.arange(160)
+    loader = data.Loader(images, images.statistics(index), BATCH, CPU)
+    network = Network(chosen(TINY._replace(resolution=16), [(0, 0, 0), (7, 1, 1), (4, 2, 1)]))
+    initialise(network, data.generator(3))
+    recalibrate(network, itertools.chain(*(
+        itertools.islice(loader.shuffled(index, 5, shard=shard), 3) for shard in shards)))
+    processes.average_buffers(network)
+    return {name: value for name, value in network.state_dict().items() if "running" in name}
+
+
 def work(rank, folder):
     """One of two processes: leaves what it found in the folder."""
     torch.set_num_threads(1)
@@ -99,6 +111,7 @@ def work(rank, folder):
     net, row, _ = stage(space=1, taught=True)
     keys = ("loss", "accuracy", "alpha_loss")
     found = {"row": {k: row[k] for k in keys}, "travelled": list(travelled), "weights": net.state_dict()}
+    found["recalibrated"] = recalibrated([processes.shard()])
     net, _, found["skipped"] = stage(steps=6, spoil=(4, 1))
     found["left out"] = net.state_dict()
     with pytest.MonkeyPatch.context() as patch:
@@ -172,6 +185,17 @@ def test_two_processes_train_a_network_as_one_does(two, monkeypatch):
         assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-4)
         assert found["accuracies"] == pytest.approx(wanted["accuracies"], abs=1.5 / 61)
     assert wanted["losses"][1] < wanted["losses"][0] - 1e-3
+
+
+def test_two_processes_measure_the_statistics_of_both_shards_of_a_batch(two):
+    one, other = (found["recalibrated"] for found in two)
+    halves, whole, mine = (recalibrated(shards) for shards in ([(0, 2), (1, 2)], [(0, 1)], [(0, 2)]))
+    for name, value in one.items():
+        assert torch.equal(value, other[name])
+        torch.testing.assert_close(value, halves[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(value, whole[name], rtol=0.1, atol=0.02)
+        assert not torch.allclose(value, mine[name], rtol=1e-3)
+    torch.testing.assert_close(one["stem.1.running_mean"], whole["stem.1.running_mean"])
 
 
 def test_only_what_was_sampled_travels(two):

@@ -560,12 +560,15 @@ def test_a_runs_images_may_move(searched, tmp_path, monkeypatch, capsys):
     refused(search.main, ["--resume", "--out", tmp_path / "run"], "gone is neither one of", capsys)
     search.main(["--resume", *moved, "--out", str(tmp_path / "run")])
     assert json.loads((tmp_path / "run" / "args.json").read_text())["data"] == moved[1]
+    (tmp_path / "run" / "args.json").write_text(json.dumps(settings))
+    derive.main([str(tmp_path / "run"), "--points", "2", *moved])
     args, archs = train.parser().parse_args([str(run), *moved]), train.read_archs(run)[0]
     args.run_folder = run
     wanted = train.own_images(args, archs)
     assert (wanted.own, wanted.data, wanted.classes, wanted.seed) == (True, moved[1], 4, 1)
     monkeypatch.undo()
     (tmp_path / "moved" / bad).unlink()
+    refused(derive.main, [tmp_path / "run", "--points", "2", *moved], "moved does not hold the same", capsys)
     refused(search.main, ["--resume", *moved, "--out", tmp_path / "run"], "is not what it was", capsys)
     assert not train.own_images(args, archs).own and not folder.is_same(tmp_path / "moved", 1, 4, run)
 

@@ -183,10 +183,13 @@ FLAGS = [
      "--validate writes nothing, .* not with --resume or --export"),
     ("train", "run/A0.json --validate --export net.pt2", "--validate writes nothing, .* not with --resume"),
     ("train", "run/A0.json --export nowhere/net.pt2", "--export nowhere/net.pt2: there is no folder nowhere"),
+    ("train", "run --jobs 0", "--jobs: 0 is not a number of at least 1"),
+    ("train", "run --jobs 2 --validate", "--jobs .* not with --validate or torchrun"),
     ("train", "run/A0.json --seed -1", "--seed: .* at least 0"),
     ("train", "run/A0.json --device abacus", "--device abacus"),
     ("train", "run/A0.json --out run/A0.json", "--out run/A0.json: File exists"),
     ("derive", "run --points 2 --refine 2", "--refine is for one budget, not for --points"),
+    ("derive", "run --points 2 --data photos", "--data: the run's images are fake, and .*photos does not"),
     ("derive", "nowhere --flops 1M", "nowhere/args.json: No such file"),
     ("derive", "run --flops 1Q", "--flops"),
     ("derive", "run --flops off", "a budget must be above 0"),
@@ -365,6 +368,12 @@ def test_the_table_is_of_every_script_and_every_flag():
             if action.option_strings and action.nargs != 0:
                 assert action.option_strings[0] in re.split("[ =]", rows[script]), (script, action)
     assert len(FLAGS + FILES) >= 60
+
+
+def test_help_fits_a_screen(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    for p in (flags.search_parser(search.__doc__), train.parser(), derive.parser()):
+        assert len(p.format_help().splitlines()) <= 50
 
 
 def mutated(text, g):

@@ -7,7 +7,9 @@ are formulas too, that a run takes milliseconds, and that a process can be forke
 from machinery import files, processes
 from machinery.run import Run
 
+import contextlib
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -203,6 +205,29 @@ def test_a_signal_is_noted_and_a_second_ctrl_c_is_obeyed_at_once(monkeypatch):
         for n in range(3):
             os.kill(os.getpid(), signal.SIGINT)
     assert caught == [signal.SIGINT] * 3
+
+
+def ends(how):
+    """In a process of its own."""
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "waits":
+        signal.pause()
+    raise SystemExit(how)
+
+
+@pytest.mark.parametrize("ways, signals, status, begun", [
+    ([0, 0, 0], [], None, 3), ([0, "waits", 3, 0, "waits"], [], 3, 3), (["waits"] * 3, [2], 130, 2),
+    (["waits", "killed"], [], "a process was killed, of too little memory perhaps", 2)], ids=str)
+def test_of_processes_side_by_side_one_ends_all(ways, signals, status, begun, monkeypatch):
+    fork, started = multiprocessing.get_context("fork"), []
+    monkeypatch.setattr(fork, "Process", lambda args, usual=fork.Process, **more: (
+        started.append(args[1]), usual(args=args, **more))[1])
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: fork)
+    with pytest.raises(SystemExit) if status else contextlib.nullcontext() as stopped:
+        processes.side_by_side(ends, ways, 2, signals)
+    assert status is None or stopped.value.code == status
+    assert started == ways[:begun] and not multiprocessing.active_children()
 
 
 def spoiled(*steps, value=float("nan")):

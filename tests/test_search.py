@@ -11,25 +11,24 @@ import argparse
 import itertools
 import json
 import math
-import multiprocessing
-import os
-import random
 import re
 import resource
-import signal
+import shlex
 
 import pytest
 import tiny
 import torch
 from oracles import TINY, chosen, macs, seeded, settle, without_norm
-from test_run import Countdown, count_places
+from test_run import Countdown
 from test_train import rate
 
 import data
 import flops
 import plot
 import search
+import train
 from derive import derive, inherit, open_supernet, recalibrate
+from derive import main as derive_main
 from grow import grow
 from network import Network
 from ops import initialise
@@ -250,60 +249,6 @@ def test_a_finished_run_goes_on_with_another_stage(undisturbed, tmp_path):
     assert same(undisturbed, contents(out))
 
 
-def dies(flags, place):
-    """In a process of its own: a search that kills itself with SIGKILL at its n-th place."""
-    patch, left = pytest.MonkeyPatch(), [place]
-    tiny.shrink(patch)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-    def reached():
-        left[0] -= 1
-        if left[0] < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-    watch(patch, reached)
-    search.main(flags)
-
-
-def watch(patch, reached):
-    """Call `reached` at every place where a kill might harm: see `count_places`; and in every step."""
-    backward = search.backward
-    count_places(patch, reached)
-    patch.setattr(search, "backward", lambda *given: (reached(), backward(*given))[1])
-
-
-def killed(flags, place):
-    """Whether that happened. A fork of a process that has had to do with an accelerator could not compute."""
-    context = multiprocessing.get_context("spawn" if torch.accelerator.is_available() else "fork")
-    process = context.Process(target=dies, args=(flags, place))
-    process.start()
-    process.join()
-    assert process.exitcode in (0, -signal.SIGKILL)
-    return process.exitcode != 0
-
-
-def test_one_kill_after_another_changes_nothing(undisturbed, tmp_path):
-    """A chain of processes: each is killed at a place drawn by a seed, the next goes on."""
-    out, g, kills = tmp_path / "run", random.Random(0), 0
-    flags = [*SHORT, "--resume", "--out", str(out)]
-    while killed(flags, g.randrange(20, 60)):
-        kills += 1
-    assert kills >= 2 and same(undisturbed, contents(out))
-
-
-@pytest.mark.slow
-def test_a_kill_at_any_place_changes_nothing(undisturbed, tmp_path):
-    reached = []
-    with pytest.MonkeyPatch.context() as patch:
-        watch(patch, lambda: reached.append(1))
-        run(tmp_path / "counted")
-    for place in range(len(reached)):
-        out = tmp_path / str(place)
-        flags = [*SHORT, "--resume", "--out", str(out)]
-        assert killed(flags, place)
-        search.main(flags)
-        assert same(undisturbed, contents(out)), place
-
-
 def test_five_stages_grow_within_their_targets_and_files_are_there(tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     monkeypatch.setattr(plot, "curve", tiny.curve)
@@ -313,8 +258,23 @@ def test_five_stages_grow_within_their_targets_and_files_are_there(tmp_path, mon
     assert all(row["flops"] <= target for row, target in zip(summary, flops.TARGETS["small"], strict=True))
     assert set(summary[0]) == {"stage", "flops", "params", "accuracy", "seconds", "device_hours", "kwh",
                                "co2e_lb"}
-    said = re.findall(r"^A(\d) step (\d+)/(\d+): loss", capsys.readouterr().out, re.MULTILINE)
-    assert said == [(str(k), "2", "2") for k in range(5)]                  # where a stage ends, at the least
+    said = [f"cst on fake, seed 0, into {out}"]
+    for k in range(5):
+        said += [rf"A{k}: grown from A{k - 1}: .* moved by \S+ of their size"] * (k > 0) + [
+            rf"A{k}: 2 steps, each on two of 10\^\d+ networks, " + (f"taught by A{k - 1}" if k else ".*"),
+            rf"A{k} step 2/2: loss .*",                                    # where a stage ends, at the least
+            rf"A{k}: derived a network of \d\.\d\d M MACs, \d+\.\d % right on the validation split"]
+    said += ["stage .*", *(f"A{k} .*" for k in range(5)), "all .*", f"curve: {out}/curve.png; next, .*:",
+             f"    python train.py {out}", rf"    python derive.py {out} --flops 0\.\d+M"]
+    lines = capsys.readouterr().out.splitlines()
+    for line, pattern in zip(lines, said, strict=True):
+        assert re.fullmatch(pattern, line), (line, pattern)
+    scripts = {"train.py": train.parser().parse_args, "derive.py": derive_main}
+    for command in lines[-2:]:
+        _, script, *argv = shlex.split(command)
+        scripts[script](argv)
+    assert list(out.glob("flops-*.json"))
+    next(out.glob("flops-*.json")).unlink()
     names = {path.name for path in out.iterdir()}
     assert names == {"args.json", "log.jsonl", "last.pt", "summary.json", "curve.png",
                      *(f"A{k}.{end}" for k in range(5) for end in ("json", "pt"))}

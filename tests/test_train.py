@@ -8,15 +8,20 @@ from machinery import files, latency
 from machinery.run import Run
 
 import argparse
+import contextlib
 import copy
 import json
 import math
+import multiprocessing
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from oracles import TINY, chosen, seeded, without_norm
+from test_run import Countdown
 
 import data
 import derive
@@ -111,6 +116,36 @@ def hasty(monkeypatch):
     monkeypatch.setattr(latency, "ROUNDS", 1)
 
 
+LOAD, MANY = data.load, train.RECALIBRATION         # what a process of its own has, without the tiny world
+
+
+@pytest.mark.parametrize("looks", [None, pytest.param(4, marks=pytest.mark.slow)])
+def test_networks_trained_side_by_side_are_those_trained_one_by_one(searched, tmp_path, monkeypatch, looks):
+    """looks: at the signals, until there is one; the same command then goes on. Forked processes begin faster
+    than spawned ones, but cannot compute where there is an accelerator.
+    """
+    if not looks and not torch.accelerator.is_available():
+        fork = multiprocessing.get_context("fork")
+        monkeypatch.setattr(multiprocessing, "get_context", lambda _: fork)
+    monkeypatch.setattr(data, "load", LOAD)
+    monkeypatch.setattr(train, "RECALIBRATION", MANY)
+    argv = [str(searched), "--epochs", "1", "--ema", "0.9", "--device", "cpu", "--resume", "--out"]
+    train.main([*argv, str(tmp_path / "one")])
+    argv += [str(tmp_path / "two"), "--jobs", "2"]
+    if looks:
+        stop = contextlib.nullcontext(Countdown(looks))
+        with monkeypatch.context() as patch:
+            patch.setattr(train.processes, "catch_signals", lambda: stop)
+            with pytest.raises(SystemExit) as stopped:
+                train.main(argv)
+        assert stopped.value.code == 143 and not list((tmp_path / "two").glob("*.net.pt"))
+    train.main(argv)
+    assert trained(tmp_path / "one") == trained(tmp_path / "two")
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {"A0.net.pt", "A1.net.pt", "trained.json"}
+    for name in ("A0.net.pt", "A1.net.pt"):
+        assert equal(load(tmp_path / "one" / name), load(tmp_path / "two" / name))
+
+
 def trained(out):
     rows = json.loads((out / "trained.json").read_text())
     return [{k: v for k, v in row.items() if k not in ("seconds", "epochs")} for row in rows]
@@ -178,6 +213,21 @@ def test_a_network_is_trained_from_scratch_and_from_inherited_weights(searched, 
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
+def test_a_network_for_a_phone_by_the_readmes_commands(tmp_path, monkeypatch):
+    """As they stand there, but for images, epochs and the budget."""
+    monkeypatch.chdir(tmp_path)
+    text = (Path(train.__file__).parent / "README.md").read_text(encoding="utf-8").split("for a phone")[1]
+    commands = [shlex.split(line, comments=True) for line in text.split("\n\n")[1].splitlines()]
+    assert [script for _, script, *_ in commands] == ["search.py", "derive.py", "train.py", "train.py"]
+    small = ["--stages", "2", *tiny.SHORT], ["--flops", "30k"], ["--epochs", "1"], []
+    for (_, script, *argv), change in zip(commands, small):
+        {"search.py": search, "derive.py": derive, "train.py": train}[script].main([*argv, *change])
+    arch = load(tmp_path / "runs/phone/2M.net.pt").arch
+    program = torch.export.load(tmp_path / "2M.pt2").module()
+    assert macs(arch) <= 3e4
+    assert program(torch.zeros(2, 1, arch.resolution, arch.resolution, dtype=torch.uint8)).shape == (2, 10)
+
+
 def test_validation_writes_nothing_and_asks_for_no_test_image(searched, monkeypatch, capsys):
     before, load, asked = {path.name for path in searched.iterdir()}, data.load, []
     monkeypatch.setattr(data, "load", lambda name, part: (asked.append(part), load(name, part))[1])
@@ -187,7 +237,7 @@ def test_validation_writes_nothing_and_asks_for_no_test_image(searched, monkeypa
     assert "accuracy" in capsys.readouterr().out
 
 
-def test_validation_is_on_the_architecture_part_of_the_search(searched, tmp_path, monkeypatch, capsys):
+def test_validation_is_on_the_validation_split_of_the_search(searched, tmp_path, monkeypatch, capsys):
     settings = json.loads((searched / "args.json").read_text())
     (tmp_path / "args.json").write_text(json.dumps(settings | {"seed": 7}))
     (tmp_path / "A0.json").write_text((searched / "A0.json").read_text())
@@ -211,6 +261,11 @@ def test_inherited_weights_are_of_a_network_that_the_supernet_has(searched, tmp_
         (tmp_path / "A0.json").write_text(json.dumps(found | {"blocks": blocks}))
         refused(train.main, [str(tmp_path / "A0.json"), *FAST, "--init", "inherit"],
                 f"the network is no part of the supernet in {tmp_path}/A0.pt", capsys)
+    args = argparse.Namespace(run_folder=searched, init="inherit", dropout=0.0, seed=0)
+    arch = Arch.from_json((searched / "A0.json").read_text())
+    for more in ({"in_channels": 3}, {"classes": 9}):       # one filter would serve all; a class would go
+        with pytest.raises(files.Refused, match="no part of the supernet"):
+            train.initial(arch._replace(**more), args)
 
 
 def test_a_piece_of_one_pixel_is_refused(tmp_path, monkeypatch, capsys):
