@@ -1,4 +1,6 @@
 """The instrument: networks that are compared cost what they should, statistics are those of textbooks."""
+from machinery import flags
+
 import itertools
 
 import numpy as np
@@ -6,6 +8,7 @@ import pytest
 
 import data
 import flops
+import search
 from results import compare
 from space import SPACES, Arch
 from supernet import SuperNet
@@ -69,3 +72,16 @@ def test_rows_are_kept_and_nothing_is_done_twice(tmp_path, monkeypatch, capsys):
     accuracies = [100 * by["random", n, 0]["accuracy"] for n in range(2)]
     assert f"random {np.mean(accuracies):.2f} +- {np.std(accuracies, ddof=1):.2f} (n = 2)" in said
     compare.loader_of.cache_clear()
+
+
+def test_a_search_says_where_those_of_these_rows_ended():
+    rows = compare.rows(compare.SEARCHES)
+    for stage, (low, high) in enumerate(search.USUAL):
+        ends = [row["accuracy"] for row in rows if row["stage"] == stage and not row["flags"]]
+        assert len(ends) == 8 and (low, high) == (round(100 * min(ends), 1), round(100 * max(ends), 1))
+    for argv, said in (([], 5), (["--seed", "9", "--device", "cpu", "--stages", "2"], 2),
+                       (["--epochs", "2"], 0), (["--widen", "zero"], 0), (["--data", "fake"], 0),
+                       (["--flops-target", "1M"], 0)):
+        args = flags.completed(flags.search_parser(None).parse_args(argv))
+        args.flops_target = args.flops_target or list(flops.TARGETS["small"])
+        assert search.usual(args).count(" to ") == (said and said + 1)
