@@ -49,7 +49,8 @@ def curve(runs, path):
         handles.append(Line2D([], [], **look | DRAWN[kinds[0]][1] | {"ls": ""}, label=f"{label}, {n}"))
     if any(len(seeds) > 1 for points in lines.values() for seeds in points.values()):
         handles.append(Line2D([], [], color="0.3", marker="|", ms=8, label="standard deviation over seeds"))
-    figure = Figure((7.2, 2.7 * len(kinds) + 0.4 + 0.17 * math.ceil(len(handles) / 2)))
+    columns = 2 if max(len(handle.get_label()) for handle in handles) < 50 else 1        # of the legend
+    figure = Figure((7.2, 2.7 * len(kinds) + 0.4 + 0.17 * math.ceil(len(handles) / columns)))
     panels, notes = figure.subplots(len(kinds), 2, sharex="col", sharey="row", squeeze=False), {}
     for (kind, row), column in itertools.product(zip(kinds, panels), (0, 1)):
         axis, texts = row[column], []
@@ -77,7 +78,7 @@ def curve(runs, path):
         axis.set(xlabel=("MACs of one image (millions{})", "parameters (millions{})")[column].format(scale),
                  ylabel=f"top-1 accuracy (%)\n{DRAWN[kind][0]}")
         axis.label_outer()
-    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
     figure.draw_without_rendering()                         # now it is known where everything is
     figure.set_layout_engine("none")
     for axis, texts in notes.items():

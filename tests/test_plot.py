@@ -193,6 +193,13 @@ def test_texts_of_the_curve_hide_nothing(unsaved, tmp_path):
             assert not any(path.intersects_bbox(box, filled=False) for path in paths)
 
 
+def test_the_legend_is_whole(unsaved, tmp_path):
+    runs = [make(tmp_path / "a", method="cst", stages=2), make(tmp_path / "b", method="cst", distill=False)]
+    figure = plot.curve(runs, tmp_path / "curve.png")
+    box, = (legend.get_window_extent() for legend in figure.legends)
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width and box.y0 >= 0
+
+
 def test_any_name_of_a_folder_or_a_network_can_be_drawn(unsaved, tmp_path):
     names = {"$_a_b_c$": "$_a_b_c$", "_hidden": "_hidden", "\udcff": "\\udcff", "a\nb": "a\nb"}
     runs = [make(tmp_path / name, accuracies=(n / 4,)) for n, name in enumerate(names)]
