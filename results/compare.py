@@ -20,10 +20,12 @@ from machinery.run import Run
 
 import argparse
 import concurrent.futures
+import contextlib
 import fcntl
 import functools
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import time
@@ -141,7 +143,8 @@ def train_network(arch_json, seed, epochs, device="cpu"):
     initialise(network, data.generator(seed, arch.stage, train.INITIAL))
     network.to(device)
     run = Run(None, {}, device, most_skipped=0)
-    train.train(network, arch.stage, loader, parts[0], lambda network: 0.0, args, run)
+    with contextlib.redirect_stdout(None):              # it has a line when it has ended
+        train.train(network, arch.stage, loader, parts[0], lambda network: math.nan, args, run)
     accuracy = evaluate(network, loader, parts[1])
     return {"stage": arch.stage, "seed": seed, "epochs": epochs, "accuracy": accuracy,
             "flops": flops.macs(arch), "params": flops.params(arch), "arch": arch_json,
