@@ -1,4 +1,4 @@
-"""From a supernet to a network: its most likely one, or the most likely that spends any budget (Table 3).
+"""From a supernet to a network: its most likely one, or a likely one that spends a budget (Table 3).
 
     python derive.py runs/001                    # the last stage's most likely
     python derive.py runs/001 --flops 2M
@@ -49,14 +49,14 @@ def space_costs(supernet, cost=Layer.macs):
 
 
 def arch_of(supernet, options):
-    """The `Arch` of one option a choice: for each block (operation, expansion, width) as indices."""
+    """The `Arch` of the options chosen: for each block (operation, expansion, width) as indices."""
     return supernet.space.arch(options, supernet.stem.in_channels, supernet.classifier.out_features)
 
 
 def derive(supernet, flops=None):
-    """The supernet's most likely network, as an `Arch`; with `flops`, the most likely that spends so many
-    MACs: at most all of them, and at least 95 % if it can be (`budget.spend`). ValueError if even the
-    cheapest has more.
+    """The supernet's most likely network, as an `Arch`; with `flops`, the most likely within so many MACs if
+    it spends 95 % of them, else a likely one that does (`budget.spend`). ValueError if even the cheapest has
+    more.
     """
     log_p, table = log_probabilities(supernet), space_costs(supernet)
     solution = spend(log_p, table, flops) if flops else viterbi(log_p, table, 0.0)
@@ -231,7 +231,7 @@ def evaluator(run, moved):
     folder.unchanged(images, run)
     parts = data.split(images.labels, args.seed)
     loader = data.Loader(images, images.statistics(parts[0]), args.batch_size)
-    return lambda supernet, arch: evaluate_derived(arch, supernet, loader, parts, args.seed)[1]
+    return lambda supernet, arch: evaluate_derived(arch, supernet, loader, parts, args.seed, arch.stage, 0)[1]
 
 
 def front(supernets, points, accuracy):
@@ -244,8 +244,8 @@ def front(supernets, points, accuracy):
 
 
 def under_budget(args, supernets, accuracy):
-    """(name of its file, `Arch`): the most likely network that spends the budget which `args` names, or
-    without one the last supernet's most likely. Of args.refine likely ones it is the most accurate.
+    """(name of its file, `Arch`): the network of `budget.spend` for the budget which `args` names, or without
+    one the last supernet's most likely. Of args.refine likely ones it is the most accurate.
     """
     budget = args.flops or args.params or args.latency
     if args.latency:

@@ -145,7 +145,7 @@ def identity(layers, widen, generator):  # task 3.4
 
     Batch norm, activation and squeeze-excite between the kernels would still change the function, and the
     block adds its input back: so the scale of the last batch norm starts at zero, and block(x) = x
-    exactly. Its gradient is not zero, so the block learns from the first step.
+    exactly. Its gradient is not zero, but within our stages the block hardly learns (results/NOTES.md).
     """
     hidden, inputs = layers.expand.weight.shape[:2]
     f = channel_map(inputs, hidden, generator)
@@ -159,8 +159,8 @@ def identity(layers, widen, generator):  # task 3.4
 def describe(old, new, x):
     """What grew, in words: blocks, the widest width, the largest expansion, weights; and its `movement`."""
     def size(net):
-        spaces = [b.block for b in net.blocks]
-        return (len(spaces), max(b.widths[-1] for b in spaces), max(b.expansions[-1] for b in spaces),
+        blocks = [b.block for b in net.blocks]
+        return (len(blocks), max(b.widths[-1] for b in blocks), max(b.expansions[-1] for b in blocks),
                 sum(p.numel() for p in net.weights()) / 1e6)
     (b0, w0, e0, p0), (b1, w1, e1, p1) = size(old), size(new)
     return (f"grown from A{old.space.stage}: {b0} -> {b1} blocks, widths up to {w0} -> {w1}, "

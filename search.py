@@ -31,8 +31,8 @@ from train import learning_rate
 
 WEIGHTS_A_STEP = 5              # the parts are 5/6 and 1/6: five weight steps, then one of the architecture
 HISTORY = 25                    # steps between the architecture probabilities that the log keeps
-# Lowest and highest accuracy (%) of A0..A4 over search seeds 0 to 7 by default settings, on the validation
-# split with the supernet's weights (results/searches.jsonl)
+# Lowest and highest accuracy (%) of A0..A4 over search seeds 0 to 7, with default settings and one thread, on
+# the validation split with the supernet's weights (results/searches.jsonl)
 USUAL = ((78.5, 81.1), (80.1, 83.6), (81.8, 84.4), (83.1, 85.6), (83.6, 86.0))
 WEIGHTS, ALPHAS, PATHS, GROWTH = range(4)   # what is drawn: with seed, stage and step it seeds a generator
 
@@ -245,7 +245,7 @@ def usual(args):
     if flags.same_run(args) != flags.same_run(default):
         return ""
     ends = ", ".join(f"A{stage} {low} to {high} %" for stage, (low, high) in enumerate(USUAL[:args.stages]))
-    return f"; seeds 0 to 7 ended at {ends}"
+    return f"; seeds 0 to 7, on one thread, ended at {ends}"
 
 
 @flags.command

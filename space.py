@@ -79,9 +79,9 @@ PAPER = ((  # Table 1: A0
              (7,   "1x1",  None,               1280,           1),
              (1,   "fc",   None,               1000,           1)))
 
-# The same rows and rules for images of 28-32 pixels on a CPU: strides 2, 1, 2, 1, 2, 1 become 2, 1, 2, 1,
-# 2 (7x7 pixels are left where the paper has 14x14), widths and expansions are about halved, and depth
-# grows from 5 blocks to 11.
+# The same rules for images of 28-32 pixels on a CPU: five searched rows instead of seven. Strides, the stem's
+# first, are 2, 1, 2, 1, 2, 1 (the paper's: 2, 1, 2, 2, 2, 1, 2, 1). Expansions are about 0.6 of the paper's,
+# the widths of the last rows a third to a half; depth grows from 5 blocks to 11.
 SMALL = ((  # A0
              (28,  "3x3",  1,                  16,             1),
              (14,  "tbs",  1,                  (8, 16, 8),     1),
@@ -156,7 +156,7 @@ class Space(NamedTuple):
     blocks: tuple
 
     def arch(self, options, in_channels, classes):
-        """The `Arch` of one option a choice: for each block (operation, expansion, width) as indices."""
+        """The `Arch` of the options chosen: for each block (operation, expansion, width) as indices."""
         blocks, width = [], self.stem
         for block, (op, expansion, chosen) in zip(self.blocks, options, strict=True):
             op, hidden, width = list(CANDIDATES)[op], block.hidden(width, expansion), block.widths[chosen]

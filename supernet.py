@@ -3,8 +3,8 @@
 
 Every block chooses three times: an operation of Table 2, an expansion, an output width. Each choice has
 its logits, the architecture parameters alpha. A step draws two options of each without replacement
-(Gumbel top-2) and weights them by the softmax of their perturbed logits over the temperature. Only these
-two paths are computed, forward and backward. With weights of 0 and 1 they are one network of the space.
+(Gumbel top-2) and adds them up by gates, the softmax of their perturbed logits over the temperature. Only
+these two paths are computed, forward and backward. With gates of 0 and 1 they are one network of the space.
 """
 import math
 from typing import NamedTuple
@@ -118,7 +118,7 @@ class SuperNet(nn.Module):
         perturbed = logits + pad_sequence(noise.split(sizes), batch_first=True).to(logits.device)
         options = perturbed.topk(2).indices.sort().values                             # (choices, 2)
         gates = F.softmax(perturbed.gather(1, options) / tau, 1)
-        draws = (Draw(tuple(pair), weights) for pair, weights in zip(options.tolist(), gates))
+        draws = (Draw(tuple(pair), pair_gates) for pair, pair_gates in zip(options.tolist(), gates))
         single = Draw((0,), gates.new_ones(1))
         return [dict.fromkeys(CHOICES, single) | dict(zip(block.alphas, draws)) for block in self.blocks]
 

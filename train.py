@@ -46,7 +46,7 @@ BATCHES, INITIAL, STATISTICS = range(10, 13)    # what is drawn: with seed and s
 
 
 def learning_rate(peak, step, steps, warmup=0.05):
-    """Linear warm-up over the first 5 % of the steps, then a cosine to zero. The paper is silent."""
+    """The lower of a linear warm-up, over 5 % of the steps, and a cosine to zero. The paper is silent."""
     progress = (step + 0.5) / steps
     return peak * min(progress / warmup, 0.5 + 0.5 * math.cos(math.pi * progress))
 
