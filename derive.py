@@ -189,7 +189,7 @@ def parser():
     p.add_argument("--refine", type=flags.number(int, 1, 1000), default=1, metavar="N",
                    help="measure N likely networks near the budget and take the best (1: none)")
     p.add_argument("--data", type=flags.data_name, metavar="DIR",
-                   help="where the run's images are now, if they have moved")
+                   help="of --points and --refine: where the run's images are now")
     p.add_argument("--out", type=Path, metavar="FILE", help="the JSON file (in the run's folder)")
     return p
 
@@ -199,6 +199,8 @@ def main(argv=None):
     args = parser().parse_args(argv)
     if args.points and args.refine > 1:
         raise Refused("--refine is for one budget, not for --points")
+    if args.data and not args.points and args.refine == 1:
+        raise Refused("--data is for --points and --refine, which alone look at images")
     if 0 in (args.flops, args.params):
         raise Refused("a budget must be above 0")
     files.read_json(args.run / "args.json")                                 # else it is no run

@@ -278,7 +278,7 @@ def main(argv=None):
     budget, folder_name = searched[len(searched) // 2], shlex.quote(str(out))
     print(f"curve: {out / 'curve.png'}; next, train the networks, and derive one for a budget:\n"
           f"    python train.py {folder_name}\n"
-          f"    python derive.py {folder_name} --flops {budget / 1e6:.3g}M")
+          f"    python derive.py {folder_name} --flops {budget}")
 
 
 if __name__ == "__main__":

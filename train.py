@@ -150,7 +150,7 @@ def parser():
     g.add_argument("--resume", action="store_true",
                    help="go on where the last training ended; skip what is trained")
     g.add_argument("--jobs", type=number(int, 1, 64), default=1, metavar="N",
-                   help="train N networks of a run side by side, each with one thread (1)")
+                   help="train N networks at a time, a thread each (1, with all threads)")
     flags.run_flags(g)
     return p
 
@@ -272,6 +272,21 @@ def train_one(arch, images, test_images, parts, args, run):
     return content.getvalue(), rows
 
 
+def plan(args, archs, images, count, device):
+    """Yield (name, `Arch`, its arguments, its settings, whether it is trained already) of each of `archs`, to
+    be trained on `count` images. Refused if it cannot be trained, or written.
+    """
+    for name, searched in archs.items():
+        arch = searched._replace(classes=images.classes, resolution=images.resolution)  # as the images are
+        file_name = name if args.init == "scratch" else f"{name}.{args.init}"
+        given = completed(args, arch, file_name, device)
+        given.data = f"{count:,} images of {getattr(images, 'digest', args.data)}"
+        processes.on_rank0(check_size, arch, given, count, device)
+        settings = {key: getattr(given, key) for key in SETTINGS} | {"network": arch.to_json()}
+        trained = not args.validate and processes.on_rank0(is_trained, given, settings)
+        yield name, arch, given, settings, trained
+
+
 def train_all(args, archs, images, test_images, device, signals, write=True):
     """Train each of `archs` that is not trained yet, and write it and the results into args.out.
 
@@ -281,15 +296,9 @@ def train_all(args, archs, images, test_images, device, signals, write=True):
     parts = torch.arange(len(images.labels)), torch.arange(len(test_images.labels))
     if args.validate:
         parts = data.split(images.labels, args.split_seed)
-    for name, searched in archs.items():
-        arch = searched._replace(classes=images.classes, resolution=images.resolution)  # as the images are
-        file_name = name if args.init == "scratch" else f"{name}.{args.init}"
-        given = completed(args, arch, file_name, device)
-        given.data = f"{len(parts[0]):,} images of {getattr(images, 'digest', args.data)}"
-        processes.on_rank0(check_size, arch, given, len(parts[0]), device)
-        settings = {key: getattr(given, key) for key in SETTINGS} | {"network": arch.to_json()}
+    for name, arch, given, settings, trained in plan(args, archs, images, len(parts[0]), device):
         path, checkpoint = args.out / f"{given.name}.net.pt", args.out / f"{given.name}.last.pt"
-        if not args.validate and processes.on_rank0(is_trained, given, settings):
+        if trained:
             if write:
                 print(f"{given.name} is trained: {path}", flush=True)
             continue
@@ -347,8 +356,10 @@ def main(argv=None):
             folder.record(test_images, args.out)
         if args.jobs > 1:
             if wanted.workers is None:
-                wanted.workers = cores() // args.jobs
-            each = [(args, wanted, {name: arch}) for name, arch in archs.items()]
+                wanted.workers = cores() // min(args.jobs, len(archs))
+            each = [(args, wanted, {name: archs[name]})
+                    for name, *_, trained in plan(args, archs, images, len(images.labels), device)
+                    if not trained]
             processes.side_by_side(job, each, args.jobs, signals)
             args.resume = True                  # from the checkpoints that they have left
         path = train_all(args, archs, images, test_images, device, signals)

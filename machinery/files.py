@@ -89,11 +89,11 @@ _locks = []                     # file handles of the folders that this process 
 
 
 @contextlib.contextmanager
-def lock(folder, wait=False):
-    """Lock `folder` until the end of the block, or of this process. BlockingIOError if another one has, or
-    wait for it.
+def lock(path, wait=False):
+    """Lock a folder or a file until the end of the block, or of this process. If another one has locked it:
+    BlockingIOError, or with `wait` its end is waited for.
     """
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         _locks.append(handle)

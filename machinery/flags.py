@@ -21,7 +21,7 @@ METHODS = {"cst": "the curriculum", "direct": "each stage alone", "naive": "grow
 # others', which cost more and begin with what A0 has learnt. All else is ours.
 DEFAULTS = {"paper": {"epochs": [100.0, *[60.0] * 4], "batch_size": 1024, "lr": 0.4, "alpha_lr": 0.01},
             "small": {"epochs": [1.0, *[0.4] * 4], "batch_size": 32, "lr": 0.1, "alpha_lr": 0.02}}
-SOURCES = "In brackets: the default in the paper's space, with its source if it is the paper's; that in ours."
+SOURCES = "In brackets: the default in the paper's space, with its source if it has one; that in ours."
 RESOLUTION = {"paper": 224, "small": 32}        # of the images of a folder
 DATA = {"data": "fashion", "classes": None, "resolution": None, "workers": None, "skip_broken": False}
 NOT_KEPT = ("out", "resume", "dry_run")         # flags that are no setting of a run
@@ -179,7 +179,7 @@ def load_images(args, part, run=None, checked=True):
         raise Refused(f"--data: {args.data} is neither one of {', '.join(data.NAMES)} nor a folder")
     try:
         if args.data in data.NAMES:
-            with files.lock(Path(data.__file__).parent, wait=True):     # only one downloads
+            with files.lock(data.__file__, wait=True):                   # only one downloads
                 return data.load(args.data, part)
         return folder.load(Path(args.data), part, args.seed, args.resolution or RESOLUTION[args.space],
                            args.classes, args.workers, args.skip_broken, run, checked)

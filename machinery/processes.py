@@ -12,7 +12,6 @@ import multiprocessing.connection
 import os
 import signal
 import sys
-import threading
 
 import torch
 import torch.distributed as dist
@@ -179,7 +178,8 @@ def side_by_side(function, inputs, count, signals):
 
 def single(function, x, parent):
     """What a process of `side_by_side` does. It ends with its parent."""
-    threading.Thread(target=end_with, args=[parent], daemon=True).start()
+    end_with(parent)
+    multiprocessing.set_start_method(None, force=True)    # of its workers: the usual, as spawning is slow
     torch.set_num_threads(1)
     function(x)
 

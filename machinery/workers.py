@@ -50,14 +50,19 @@ def begin(main, worker):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     files.unlock()
-    threading.Thread(target=end_with, args=[main], daemon=True).start()
+    end_with(main)
 
 
 def end_with(main):
-    """DataLoader's workers look for their parent too, but wait for ever if it died before they first did."""
-    while os.getppid() == main:
-        time.sleep(1)
-    os._exit(1)
+    """End this process when its parent, of pid `main`, has ended.
+
+    DataLoader's workers look for their parent too, but wait for ever if it died before they first did.
+    """
+    def watch():
+        while os.getppid() == main:
+            time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def work(function, inputs, count):

@@ -2,8 +2,9 @@
 
 The oracles: the bytes that were there, and a second process.
 """
-from machinery import files
+from machinery import files, flags
 
+import argparse
 import os
 import random
 import resource
@@ -138,3 +139,11 @@ def test_what_is_no_json_object_is_refused_in_one_line(tmp_path, content):
     assert "\n" not in str(error.value)
     path.write_text('{"a": 1}')
     assert files.read_json(path) == {"a": 1}
+
+
+def test_images_are_loaded_while_a_run_has_locked_the_projects_folder(monkeypatch):
+    """The run's own processes load them, too, and would wait for it."""
+    locked, lock = [], files.lock
+    monkeypatch.setattr(files, "lock", lambda path, wait: locked.append(path) or lock(path, wait))
+    flags.load_images(argparse.Namespace(**flags.DATA | {"data": "fake"}), "train")
+    assert [Path(path).is_file() for path in locked] == [True]

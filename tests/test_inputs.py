@@ -189,6 +189,7 @@ FLAGS = [
     ("train", "run/A0.json --device abacus", "--device abacus"),
     ("train", "run/A0.json --out run/A0.json", "--out run/A0.json: File exists"),
     ("derive", "run --points 2 --refine 2", "--refine is for one budget, not for --points"),
+    ("derive", "run --data elsewhere", "--data is for --points and --refine"),
     ("derive", "run --points 2 --data photos", "--data: the run's images are fake, and .*photos does not"),
     ("derive", "nowhere --flops 1M", "nowhere/args.json: No such file"),
     ("derive", "run --flops 1Q", "--flops"),

@@ -120,7 +120,8 @@ LOAD, MANY = data.load, train.RECALIBRATION         # what a process of its own 
 
 
 @pytest.mark.parametrize("looks", [None, pytest.param(4, marks=pytest.mark.slow)])
-def test_networks_trained_side_by_side_are_those_trained_one_by_one(searched, tmp_path, monkeypatch, looks):
+def test_networks_trained_side_by_side_are_those_trained_one_by_one(
+        searched, tmp_path, monkeypatch, capsys, looks):
     """looks: at the signals, until there is one; the same command then goes on. Forked processes begin faster
     than spawned ones, but cannot compute where there is an accelerator.
     """
@@ -144,6 +145,12 @@ def test_networks_trained_side_by_side_are_those_trained_one_by_one(searched, tm
     assert {path.name for path in (tmp_path / "two").iterdir()} == {"A0.net.pt", "A1.net.pt", "trained.json"}
     for name in ("A0.net.pt", "A1.net.pt"):
         assert equal(load(tmp_path / "one" / name), load(tmp_path / "two" / name))
+    (tmp_path / "two" / "A1.net.pt").unlink()
+    argv.remove("--resume")
+    with pytest.raises(SystemExit):                     # before anything is trained
+        train.main(argv)
+    assert "A0.net.pt is there already" in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {"A0.net.pt", "trained.json"}
 
 
 def trained(out):
