@@ -233,7 +233,11 @@ def evaluator(run, moved):
     folder.unchanged(images, run)
     parts = data.split(images.labels, args.seed)
     loader = data.Loader(images, images.statistics(parts[0]), args.batch_size)
-    return lambda supernet, arch: evaluate_derived(arch, supernet, loader, parts, args.seed, arch.stage, 0)[1]
+
+    def accuracy(supernet, arch):
+        batches = args.seed, arch.stage, 0                  # search.py's, so that its number comes out
+        return evaluate_derived(arch, supernet, loader, parts, *batches)[1]
+    return accuracy
 
 
 def front(supernets, points, accuracy):

@@ -179,6 +179,7 @@ def side_by_side(function, inputs, count, signals):
 def single(function, x, parent):
     """What a process of `side_by_side` does. It ends with its parent."""
     end_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)          # the parent hears Ctrl-C, and sends SIGTERM
     multiprocessing.set_start_method(None, force=True)    # of its workers: the usual, as spawning is slow
     torch.set_num_threads(1)
     function(x)

@@ -15,18 +15,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from machinery import flags
+from machinery import flags, processes
 from machinery.run import Run
 
 import argparse
-import concurrent.futures
 import contextlib
 import fcntl
 import functools
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import time
 
@@ -134,7 +132,6 @@ def loader_of(batch_size, device="cpu"):
 
 def train_network(arch_json, seed, epochs, device="cpu"):
     """A row of networks.jsonl: a network trained with a seed for so many epochs, in float32."""
-    torch.set_num_threads(1)
     arch, device = Arch.from_json(arch_json), torch.device(device)
     args = train.parser().parse_args(["-", "--epochs", str(epochs), "--seed", str(seed), "--no-autocast"])
     args = train.completed(args, arch, f"A{arch.stage}", device)
@@ -151,48 +148,42 @@ def train_network(arch_json, seed, epochs, device="cpu"):
             "seconds": time.perf_counter() - clock, "device": device.type}
 
 
-def run_search(folder, seed, flags_of_search):
-    """A search with a seed into a folder; the rows of its stages."""
-    torch.set_num_threads(1)
+def add_network(wanted):
+    """Train one of what `train_all` takes, and add its row."""
+    kind, number, arch_json, seed, epochs = wanted
+    row = {"kind": kind, "number": number} | train_network(arch_json, seed, epochs)
+    add(NETWORKS, row)
+    print(f"A{row['stage']} {kind} {number}, seed {seed}, {epochs} epochs: {100 * row['accuracy']:.2f} %, "
+          f"{row['seconds']:.0f} s", flush=True)
+
+
+def add_search(wanted):
+    """Search with a seed into a folder, and add the rows of its stages."""
+    folder, seed, flags_of_search = wanted
     out = Path(folder) / f"seed{seed}"
     search.main(["--seed", str(seed), "--out", str(out), "--resume", *flags_of_search])
-    summary = json.loads((out / "summary.json").read_text())
-    archs = [(out / f"A{row['stage']}.json").read_text() for row in summary]
-    return [row | {"seed": seed, "flags": flags_of_search, "arch": arch} for row, arch in zip(summary, archs)]
+    for row in json.loads((out / "summary.json").read_text()):
+        arch = (out / f"A{row['stage']}.json").read_text()
+        add(SEARCHES, row | {"seed": seed, "flags": flags_of_search, "arch": arch})
 
 
-def side_by_side(jobs, tasks):
-    """Call the tasks (function, arguments, what is done with its result), in order, in `jobs` processes."""
-    with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        running = {pool.submit(function, *arguments): done for function, arguments, done in tasks}
-        for future in concurrent.futures.as_completed(running):
-            running[future](future.result())
+def side_by_side(function, wanted, jobs):
+    """Call function(x) of each x of `wanted`, `jobs` at a time, on one thread each."""
+    with processes.catch_signals() as signals:
+        processes.side_by_side(function, wanted, jobs, signals)
 
 
 def train_all(wanted, jobs):
     """Train all of `wanted`, (kind, number, Arch, seed, epochs), that have no row in networks.jsonl yet."""
     known = {(row["kind"], row["number"], row["arch"], row["seed"], row["epochs"]) for row in rows(NETWORKS)}
-    tasks = []
-    for kind, number, arch, seed, epochs in wanted:
-        text = arch.to_json()
-        if (kind, number, text, seed, epochs) not in known:
-            def done(row, kind=kind, number=number):
-                add(NETWORKS, {"kind": kind, "number": number} | row)
-                print(f"A{row['stage']} {kind} {number}, seed {row['seed']}, {row['epochs']} epochs: "
-                      f"{100 * row['accuracy']:.2f} %, {row['seconds']:.0f} s", flush=True)
-            tasks.append((train_network, (text, seed, epochs), done))
-    side_by_side(jobs, tasks)
+    wanted = [(kind, number, arch.to_json(), *rest) for kind, number, arch, *rest in wanted]
+    side_by_side(add_network, [each for each in wanted if each not in known], jobs)
 
 
 def search_all(seeds, folder, more, jobs):
     """Search with those seeds that have no rows in searches.jsonl with these flags yet."""
     known = {(row["seed"], *row["flags"]) for row in rows(SEARCHES)}
-
-    def done(found):
-        for row in found:
-            add(SEARCHES, row)
-    side_by_side(jobs, [(run_search, (folder, seed, more), done) for seed in seeds
-                        if (seed, *more) not in known])
+    side_by_side(add_search, [(folder, seed, more) for seed in seeds if (seed, *more) not in known], jobs)
 
 
 # ------------------------------------------------------------------ the questions

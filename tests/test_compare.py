@@ -43,15 +43,14 @@ def test_kendalls_tau_counts_pairs():
 def test_rows_are_kept_and_nothing_is_done_twice(tmp_path, monkeypatch, capsys):
     for name in ("NETWORKS", "SEARCHES", "RANKS"):
         monkeypatch.setattr(compare, name, tmp_path / f"{name}.jsonl")
-    monkeypatch.setattr(compare, "side_by_side",
-                        lambda jobs, tasks: [done(task(*arguments)) for task, arguments, done in tasks])
+    monkeypatch.setattr(compare, "side_by_side", lambda function, wanted, jobs: [*map(function, wanted)])
     monkeypatch.setattr(data, "load", lambda name, part: data.fake(240, (0,)))
     monkeypatch.setattr(compare, "random_networks",
                         lambda stage, count, drawn=compare.random_networks: drawn(stage, min(count, 2)))
     compare.loader_of.cache_clear()
     arch = compare.random_networks(0, 1)[0].to_json()
-    monkeypatch.setattr(compare, "run_search", lambda folder, seed, more: [
-        {"seed": seed, "stage": 0, "flags": more, "arch": arch}])
+    monkeypatch.setattr(compare, "add_search", lambda wanted: compare.add(compare.SEARCHES, {
+        "seed": wanted[1], "stage": 0, "flags": wanted[2], "arch": arch}))
     supernet = SuperNet(SPACES["small"][0], 1, 10, data.generator(0))
     monkeypatch.setattr(compare, "open_supernet", lambda run, stage: supernet)
     for _ in range(2):

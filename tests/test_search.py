@@ -27,7 +27,7 @@ import flops
 import plot
 import search
 import train
-from derive import derive, inherit, open_supernet, recalibrate
+from derive import derive, evaluator, inherit, open_supernet, recalibrate
 from derive import main as derive_main
 from grow import grow
 from network import Network
@@ -212,6 +212,14 @@ def test_another_seed_gives_another_run(undisturbed, tmp_path):
     other = run(tmp_path / "other", "--seed", "1")
     assert not same(undisturbed, other)
     assert undisturbed["log"] != other["log"]
+
+
+def test_derive_measures_what_the_search_measured(tiny_world, tmp_path):
+    run(tmp_path / "run", "--stages", "2")
+    measure = evaluator(tmp_path / "run", None)
+    for row in json.loads((tmp_path / "run" / "summary.json").read_text()):
+        arch = Arch.from_json((tmp_path / "run" / f"A{row['stage']}.json").read_text())
+        assert measure(open_supernet(tmp_path / "run", row["stage"]), arch) == row["accuracy"]
 
 
 def test_the_log_has_probabilities_of_every_few_steps(undisturbed, tmp_path):
