@@ -7,7 +7,7 @@
 A network is a chain of choices, and what a block costs depends on its own choices and the width before it.
 So the most likely network within a budget is found exactly, and one that spends it (budget.py).
 """
-from machinery import files, flags, folder, latency, processes
+from machinery import files, flags, folder, latency, processes, settings
 from machinery.files import Refused
 
 import itertools
@@ -226,7 +226,7 @@ def evaluator(run, moved):
 
     moved: --data, or None. Refused if the run's images are not there.
     """
-    args = flags.settings_of(run, moved)
+    args = settings.read(run, moved)
     if moved not in (None, args.data):
         raise Refused(f"--data: the run's images are {args.data}, and {moved} does not hold the same")
     images = flags.load_images(args, "train", run)

@@ -5,7 +5,7 @@
 
 `search` is Figure 2, `train_stage` is one of its boxes, `backward` is Eq. 4 on two sampled paths.
 """
-from machinery import files, flags, folder, processes, results
+from machinery import files, flags, folder, processes, results, settings
 from machinery.run import Run
 
 import argparse
@@ -240,9 +240,9 @@ def check(args, images):
 
 def usual(args):
     """What a search by default settings usually ends at, as text; by other settings: nothing."""
-    default = flags.completed(flags.search_parser(None).parse_args(["--seed", str(args.seed)]))
+    default = settings.completed(settings.search_parser(None).parse_args(["--seed", str(args.seed)]))
     default.flops_target = [*flops.TARGETS["small"]]
-    if flags.same_run(args) != flags.same_run(default):
+    if settings.same_run(args) != settings.same_run(default):
         return ""
     ends = ", ".join(f"A{stage} {low} to {high} %" for stage, (low, high) in enumerate(USUAL[:args.stages]))
     return f"; seeds 0 to 7, on one thread, ended at {ends}"
@@ -250,19 +250,19 @@ def usual(args):
 
 @flags.command
 def main(argv=None):
-    args = processes.on_rank0(flags.search_arguments, argv, __doc__)
+    args = processes.on_rank0(settings.search_arguments, argv, __doc__)
     device = processes.choose_device(args.device)
     images = flags.load_images(args, "train", args.out, checked=not args.dry_run)
     args = processes.on_rank0(check, args, images)
     if args.dry_run:
         return print(dry_run(args, images, device))
     with contextlib.ExitStack() as stack, processes.catch_signals() as signals:
-        out = processes.on_rank0(flags.run_folder, args, stack)
-        run = Run(out / "last.pt", flags.same_run(args), device, signals, out / "log.jsonl")
+        out = processes.on_rank0(settings.run_folder, args, stack)
+        run = Run(out / "last.pt", settings.same_run(args), device, signals, out / "log.jsonl")
         if args.resume:
             run.resume()
         folder.unchanged(images, out)
-        processes.write(out / "args.json", json.dumps(flags.kept(args), indent=1) + "\n")
+        processes.write(out / "args.json", json.dumps(settings.kept(args), indent=1) + "\n")
         folder.record(images, out, data.split(images.labels, args.seed))
         print(f"{args.method} on {args.data}, seed {args.seed}, into {out}{usual(args)}", flush=True)
         if args.method == "scaling":

@@ -10,9 +10,9 @@ images: the network of the last epoch counts.
 """
 from machinery import export, files, flags, folder, processes
 from machinery.files import Refused
-from machinery.flags import number
 from machinery.results import curves
 from machinery.run import Run
+from machinery.settings import own_images, train_parser
 from machinery.workers import cores
 
 import argparse
@@ -23,7 +23,6 @@ import json
 import math
 import os
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -122,39 +121,6 @@ def initial(arch, args):
     return network
 
 
-def parser():
-    p = flags.Parser("train.py", __doc__, "train.py ARCH.json|RUN [flags]")
-    p.add_argument("what", type=Path, metavar="ARCH.json|RUN", help="a network, or the folder of a run")
-    p.add_argument("--init", choices=("scratch", "inherit"), default="scratch",
-                   help="random weights, or the supernet's (scratch, Experiments)")
-    p.add_argument("--export", type=Path, metavar="FILE",
-                   help="write the trained network as .pt2 (torch.export) or .onnx as well")
-    g = p.add_argument_group("training", flags.SOURCES)
-    g.add_argument("--epochs", type=number(int, 1, 1e6), metavar="E", help="(180, Experiments; 3)")
-    g.add_argument("--batch-size", type=number(int, 1), metavar="B", help="(1024, Experiments; 64)")
-    g.add_argument("--lr", type=number(float, 1e-9), help="peak learning rate (0.4; 0.2)")
-    g.add_argument("--weight-decay", type=number(float, 0), default=1e-4, metavar="W",
-                   help="of weight matrices (1e-4)")
-    g.add_argument("--smoothing", type=number(float, 0, 0.999), default=0.1, metavar="S",
-                   help="label smoothing (0.1)")
-    g.add_argument("--dropout", type=number(float, 0, 0.999), metavar="P",
-                   help="probability before the classifier (0.2; 0)")
-    g.add_argument("--ema", type=number(float, 0, 1 - 1e-9),
-                   help="decay of the weights' average, 0 for none (0.9999; 0)")
-    g.add_argument("--autocast", action=argparse.BooleanOptionalAction, help="bfloat16 (on a GPU)")
-    g.add_argument("--validate", action="store_true",
-                   help="evaluate on the search's validation split, and write nothing")
-    flags.data_flags(p.add_argument_group("data; without --data the run's own"))
-    g = p.add_argument_group("the run")
-    g.add_argument("--out", type=Path, metavar="DIR", help="folder of the results (the network's)")
-    g.add_argument("--resume", action="store_true",
-                   help="go on where the last training ended; skip what is trained")
-    g.add_argument("--jobs", type=number(int, 1, 64), default=1, metavar="N",
-                   help="train N networks at a time, a thread each (1, with all threads)")
-    flags.run_flags(g)
-    return p
-
-
 def read_archs(what):
     """The `Arch`s that the command line names, {file name without ending: Arch}, and their folder."""
     paths = sorted(what.glob("A[0-4].json")) if what.is_dir() else [what]
@@ -169,22 +135,6 @@ def read_trained(path):
         return load(path)
     except ValueError as error:
         raise Refused(error) from None
-
-
-def own_images(args, archs):
-    """Which images: those of the run in args.run_folder, unless flags say otherwise, and the seed that split
-    them: the run's own, so that its test images stay those that it never saw. own is true of them.
-    """
-    wanted, ran = flags.DATA | {"seed": args.seed}, {}
-    if (args.run_folder / "args.json").exists():
-        ran = vars(flags.settings_of(args.run_folder, args.data))
-        if args.data in (None, ran["data"]):
-            wanted |= {key: ran[key] for key in ("data", "classes", "skip_broken", "seed")}
-    wanted |= {key: getattr(args, key) for key in flags.DATA if getattr(args, key) is not None}
-    wanted["own"] = all(wanted[key] == ran.get(key) for key in ("data", "classes"))
-    if wanted["data"] not in data.NAMES:
-        wanted["resolution"] = wanted["resolution"] or next(iter(archs.values())).resolution
-    return argparse.Namespace(**wanted)
 
 
 def check(args, archs, images):
@@ -334,7 +284,7 @@ def job(given):
 
 @flags.command
 def main(argv=None):
-    args = processes.on_rank0(parser().parse_args, argv)
+    args = processes.on_rank0(train_parser(__doc__).parse_args, argv)
     if args.export:
         processes.on_rank0(export.check, args.export)
     if args.what.name.endswith(".net.pt") and args.export:

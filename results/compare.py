@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from machinery import flags, processes
+from machinery import flags, processes, settings
 from machinery.run import Run
 
 import argparse
@@ -133,7 +133,8 @@ def loader_of(batch_size, device="cpu"):
 def train_network(arch_json, seed, epochs, device="cpu"):
     """A row of networks.jsonl: a network trained with a seed for so many epochs, in float32."""
     arch, device = Arch.from_json(arch_json), torch.device(device)
-    args = train.parser().parse_args(["-", "--epochs", str(epochs), "--seed", str(seed), "--no-autocast"])
+    argv = ["-", "--epochs", str(epochs), "--seed", str(seed), "--no-autocast"]
+    args = settings.train_parser(None).parse_args(argv)
     args = train.completed(args, arch, f"A{arch.stage}", device)
     loader, parts = loader_of(args.batch_size, device)
     network, clock = Network(arch), time.perf_counter()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from machinery import flags
+from machinery import settings
 from machinery.run import Run
 
 import argparse
@@ -98,8 +98,8 @@ class Steps:
         self.grown = time.perf_counter() - clock
         self.x = torch.randn(batch, channels, size, size, generator=self.g)
         self.y = torch.randint(classes, (batch,), generator=self.g)
-        settings = argparse.Namespace(lr=0.01, weight_decay=1e-4, alpha_lr=0.01)
-        self.sgd, self.adam = search.optimizers(self.net, settings)
+        args = argparse.Namespace(lr=0.01, weight_decay=1e-4, alpha_lr=0.01)
+        self.sgd, self.adam = search.optimizers(self.net, args)
         self.weights, self.alphas = self.net.weights(), self.net.alphas()
 
     def two_paths(self, teacher=None):
@@ -231,7 +231,7 @@ def outside(loader, parts, epochs):
                 seconds.append(sign * (time.perf_counter() - clock))
             return found
         return run
-    args = flags.completed(flags.search_parser(None).parse_args(["--epochs", str(epochs)]))
+    args = settings.completed(settings.search_parser(None).parse_args(["--epochs", str(epochs)]))
     net = SuperNet(SPACES["small"][0]._replace(resolution=28), 1, 10)
     net.sample = watched(net.sample, -1)  # backward() draws the paths as well
     places = [(search, "backward"), (search, "step_sampled"), (torch.optim.SGD, "step"),
@@ -275,7 +275,7 @@ def full_size(batch, size=224):
     lines = [f"{batch} images of {size} pixels a step, 100 classes",
              "      blocks  grow s  weights s  alphas s  GB a step  GB weights  GFLOP forward  teacher"]
     net, teacher, total = None, None, 0.0
-    for space, epochs in zip(SPACES["paper"], flags.DEFAULTS["paper"]["epochs"], strict=True):
+    for space, epochs in zip(SPACES["paper"], settings.DEFAULTS["paper"]["epochs"], strict=True):
         steps = Steps(space._replace(resolution=size), batch, size, 3, 100, net)
         text, flop = costs_of(steps, teacher, batch)
         lines.append(f"A{space.stage}{len(space.blocks):>10}{steps.grown:>8.1f}{text}")

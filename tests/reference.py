@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from machinery import files, flags, processes
+from machinery import files, flags, processes, settings
 from machinery.run import Run
 
 import contextlib
@@ -112,9 +112,9 @@ def parse(argv):
     p.add_argument("--targets", type=flags.amount, nargs="+", metavar="F",
                    help="MACs (those of A0, A2 and A4)")
     own, rest = p.parse_known_args(argv)
-    args = train.parser().parse_args([str(own.dir), *rest])
+    args = settings.train_parser(None).parse_args([str(own.dir), *rest])
     for flag in ("init", "export", "validate", "out", "jobs"):
-        if getattr(args, flag) != train.parser().get_default(flag):
+        if getattr(args, flag) != settings.train_parser(None).get_default(flag):
             raise files.Refused(f"--{flag} is for train.py alone")
     return own, args
 
@@ -124,7 +124,7 @@ def main(argv=None):
     own, args = parse(argv)
     archs, folder = train.read_archs(own.dir)
     args.out = args.run_folder = folder
-    wanted = train.own_images(args, archs)
+    wanted = settings.own_images(args, archs)
     args.data = wanted.data
     images, test_images = (flags.load_images(wanted, part, folder) for part in ("train", "test"))
     train.check(args, archs, images)
@@ -147,8 +147,8 @@ def main(argv=None):
                 print(f"{name}: {count / 1e6:.3f} M MACs, {params / 1e6:.3f} M parameters", flush=True)
                 loader, test_loader = (data.Loader(part, images.statistics(index), given.batch_size, device)
                                        for part in (images, test_images))
-                settings = {key: getattr(given, key) for key in train.SETTINGS} | {"network": name}
-                run = Run(folder / f"{name}.last.pt", settings, device, signals, most_skipped=0)
+                asked = {key: getattr(given, key) for key in train.SETTINGS} | {"network": name}
+                run = Run(folder / f"{name}.last.pt", asked, device, signals, most_skipped=0)
                 if args.resume:
                     run.resume()
 

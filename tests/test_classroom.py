@@ -6,7 +6,7 @@ The oracle is the code itself as the right answer, other ways to write it, and m
 themselves as wrong ones: among them distillation without a gradient, a new random map for each layer, masks
 in front of batch norm, gates that see a wrong width, and new blocks that are no identities.
 """
-from machinery import flags
+from machinery import settings
 
 import ast
 import importlib
@@ -353,7 +353,7 @@ def test_the_experiments_can_be_done():
     assert len(commands) >= 8 and all((ROOT / script).exists() for script, _ in commands)
     for script, argv in commands:
         if script == "search.py":
-            flags.search_parser("").parse_args(shlex.split(argv))
+            settings.search_parser("").parse_args(shlex.split(argv))
     changes = re.findall(r"[Ii]n `([\w/]+\.py)`\s+change\s+`([^`]+)`", text)
     assert len(changes) >= 3 and all((ROOT / file).read_text().count(line) == 1 for file, line in changes)
 

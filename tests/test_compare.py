@@ -1,5 +1,5 @@
 """The instrument: networks that are compared cost what they should, statistics are those of textbooks."""
-from machinery import flags
+from machinery import settings
 
 import itertools
 
@@ -81,6 +81,6 @@ def test_a_search_says_where_those_of_these_rows_ended():
     for argv, said in (([], 5), (["--seed", "9", "--device", "cpu", "--stages", "2"], 2),
                        (["--epochs", "2"], 0), (["--widen", "zero"], 0), (["--data", "fake"], 0),
                        (["--flops-target", "1M"], 0)):
-        args = flags.completed(flags.search_parser(None).parse_args(argv))
+        args = settings.completed(settings.search_parser(None).parse_args(argv))
         args.flops_target = args.flops_target or list(flops.TARGETS["small"])
         assert search.usual(args).count(" to ") == (said and said + 1)

@@ -2,7 +2,7 @@
 
 The oracles: one process on whole batches, an undisturbed run, and a count of what a sampled path consists of.
 """
-from machinery import files, flags, processes
+from machinery import files, processes, settings
 from machinery.run import Run
 
 import argparse
@@ -120,7 +120,7 @@ def work(rank, folder):
         found.update(plain=net.state_dict(), plain_row={k: row[k] for k in keys})
         found["trained"] = trained()
     try:
-        processes.on_rank0(flags.search_arguments, ["--batch-size", "33"], "")
+        processes.on_rank0(settings.search_arguments, ["--batch-size", "33"], "")
     except files.Refused as error:
         found["refused"] = str(error)
     found["heard"] = processes.pending_signal([15] if rank else [])

@@ -4,7 +4,7 @@ workers.
 The oracles: files written by hand and with Pillow, torchvision's Resize and CenterCrop, its names of
 ImageNet's classes, and the same batch from other workers, another start and in shards.
 """
-from machinery import decode, flags, folder, workers
+from machinery import decode, flags, folder, settings, workers
 from machinery.files import Refused
 
 import contextlib
@@ -552,25 +552,25 @@ def test_a_runs_images_may_move(searched, tmp_path, monkeypatch, capsys):
     root, run, bad = searched
     shutil.copytree(root, tmp_path / "moved", symlinks=True)
     shutil.copytree(run, tmp_path / "run")
-    settings = json.loads((run / "args.json").read_text()) | {"data": str(tmp_path / "gone")}
-    (tmp_path / "run" / "args.json").write_text(json.dumps(settings))
+    ran = json.loads((run / "args.json").read_text()) | {"data": str(tmp_path / "gone")}
+    (tmp_path / "run" / "args.json").write_text(json.dumps(ran))
     assert folder.is_same(tmp_path / "moved", 1, 4, run) and not folder.is_same(tmp_path / "moved", 2, 4, run)
     monkeypatch.setattr(folder, "check", lambda *given: pytest.fail("checked again"))
     moved = ["--data", str(tmp_path / "moved")]
     refused(search.main, ["--resume", "--out", tmp_path / "run"], "gone is neither one of", capsys)
     search.main(["--resume", *moved, "--out", str(tmp_path / "run")])
     assert json.loads((tmp_path / "run" / "args.json").read_text())["data"] == moved[1]
-    (tmp_path / "run" / "args.json").write_text(json.dumps(settings))
+    (tmp_path / "run" / "args.json").write_text(json.dumps(ran))
     derive.main([str(tmp_path / "run"), "--points", "2", *moved])
-    args, archs = train.parser().parse_args([str(run), *moved]), train.read_archs(run)[0]
+    args, archs = settings.train_parser(None).parse_args([str(run), *moved]), train.read_archs(run)[0]
     args.run_folder = run
-    wanted = train.own_images(args, archs)
+    wanted = settings.own_images(args, archs)
     assert (wanted.own, wanted.data, wanted.classes, wanted.seed) == (True, moved[1], 4, 1)
     monkeypatch.undo()
     (tmp_path / "moved" / bad).unlink()
     refused(derive.main, [tmp_path / "run", "--points", "2", *moved], "moved does not hold the same", capsys)
     refused(search.main, ["--resume", *moved, "--out", tmp_path / "run"], "is not what it was", capsys)
-    assert not train.own_images(args, archs).own and not folder.is_same(tmp_path / "moved", 1, 4, run)
+    assert not settings.own_images(args, archs).own and not folder.is_same(tmp_path / "moved", 1, 4, run)
 
 
 def test_bad_use_of_a_folder_ends_in_one_line(searched, tmp_path, capsys):
@@ -630,7 +630,7 @@ def test_workers_are_as_many_as_cores_up_to_eight(available, monkeypatch):
 def test_flags_of_a_folder_have_the_spaces_resolution(tmp_path):
     write(tmp_path, "ab")
     for space, resolution in (("paper", 224), ("small", 32)):
-        args = flags.search_arguments(["--data", str(tmp_path), "--space", space, "--workers", "0"], "")
+        args = settings.search_arguments(["--data", str(tmp_path), "--space", space, "--workers", "0"], "")
         assert flags.load_images(args, "train").resolution == resolution
 
 
@@ -638,7 +638,7 @@ def test_a_search_aims_at_what_its_images_allow(tmp_path):
     write(tmp_path, "ab", each=3)
     argv = ["--space", "paper", "--data", str(tmp_path), "--workers", "0", "--batch-size", "1"]
     for pixels in (224, 64):
-        args = flags.search_arguments([*argv, "--batch-size", "1", "--resolution", str(pixels)], "")
+        args = settings.search_arguments([*argv, "--batch-size", "1", "--resolution", str(pixels)], "")
         images = flags.load_images(args, "train")._replace(labels=torch.arange(12) % 2)
         found = search.check(args, images).flops_target
         assert found == flops.targets("paper", 3, pixels, 2) and (found[0] == 107e6) == (pixels == 224)

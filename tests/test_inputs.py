@@ -4,7 +4,7 @@ missing, cut, damaged or another's.
 Each row is tried in a copy of a finished run. It must end with exit status 2, or 1 for what the file system
 answers, and one line on stderr, which names the flag or the file and what would do, and must change no file.
 """
-from machinery import files, flags, results
+from machinery import files, results, settings
 
 import gzip
 import json
@@ -363,7 +363,8 @@ def test_bad_files_end_in_one_line(place, script, argv, file, change, says, caps
 def test_the_table_is_of_every_script_and_every_flag():
     """But for --help and switches that take no value and go with everything."""
     rows = {script: " ".join(argv for name, argv, *_ in FLAGS + FILES if name == script) for script in MAIN}
-    parsers = {"search": flags.search_parser(None), "train": train.parser(), "derive": derive.parser()}
+    parsers = {"search": settings.search_parser(None), "train": settings.train_parser(None),
+               "derive": derive.parser()}
     for script, p in parsers.items():
         for action in p._actions:
             if action.option_strings and action.nargs != 0:
@@ -373,7 +374,7 @@ def test_the_table_is_of_every_script_and_every_flag():
 
 def test_help_fits_a_screen(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    for p in (flags.search_parser(search.__doc__), train.parser(), derive.parser()):
+    for p in (settings.search_parser(search.__doc__), settings.train_parser(train.__doc__), derive.parser()):
         assert len(p.format_help().splitlines()) <= 50
 
 
@@ -416,7 +417,7 @@ def test_a_thousand_mutations_of_json_are_refused_or_read_as_they_stand(finished
                     row.setdefault("expand", b.expand)
                 assert plain(arch) == found
             elif name == "args.json":
-                assert flags.kept(flags.settings_of(tmp_path)) == json.loads(text)
+                assert settings.kept(settings.read(tmp_path)) == json.loads(text)
             elif name == "summary.json":
                 rows = results.measured(tmp_path / name)
                 found = [row for row in json.loads(text) if row["accuracy"] is not None]
@@ -434,26 +435,26 @@ def test_a_thousand_mutations_of_json_are_refused_or_read_as_they_stand(finished
     assert 500 < refusals < 1000, refusals
 
 
-@pytest.mark.parametrize("space", flags.DEFAULTS)
+@pytest.mark.parametrize("space", settings.DEFAULTS)
 def test_a_run_gone_on_with_writes_the_same_args_json(space, tmp_path):
     """To the last character: what is written otherwise is another experiment to plot.py."""
-    args = flags.completed(flags.search_parser(None).parse_args(["--space", space]))
+    args = settings.completed(settings.search_parser(None).parse_args(["--space", space]))
     args.flops_target = flops.TARGETS[space]
-    before = json.dumps(flags.kept(args))
+    before = json.dumps(settings.kept(args))
     (tmp_path / "args.json").write_text(before)
     for argv in ([], ["--space", space, "--lr", str(args.lr)]):
-        again = flags.search_arguments(["--resume", "--out", str(tmp_path), *argv], "")
-        assert json.dumps(flags.kept(again)) == before
+        again = settings.search_arguments(["--resume", "--out", str(tmp_path), *argv], "")
+        assert json.dumps(settings.kept(again)) == before
 
 
 def test_a_folder_of_images_may_move_between_two_parts_of_a_run(tmp_path):
     """What is in it is looked at by `folder.record`."""
     new = tmp_path / "new"
-    args = flags.completed(flags.search_parser(None).parse_args(["--data", str(tmp_path)]))
+    args = settings.completed(settings.search_parser(None).parse_args(["--data", str(tmp_path)]))
     new.mkdir()
-    settings = flags.kept(args) | {"data": str(tmp_path / "old"), "flops_target": flops.TARGETS["small"]}
-    (tmp_path / "args.json").write_text(json.dumps(settings))
-    again = flags.search_arguments(["--resume", "--out", str(tmp_path), "--data", str(new)], "")
-    assert again.data == str(new) and flags.same_run(again)["data"] == flags.same_run(args)["data"]
+    ran = settings.kept(args) | {"data": str(tmp_path / "old"), "flops_target": flops.TARGETS["small"]}
+    (tmp_path / "args.json").write_text(json.dumps(ran))
+    again = settings.search_arguments(["--resume", "--out", str(tmp_path), "--data", str(new)], "")
+    assert again.data == str(new) and settings.same_run(again)["data"] == settings.same_run(args)["data"]
     with pytest.raises(files.Refused, match="--data is fake, but the run in .* has a folder"):
-        flags.search_arguments(["--resume", "--out", str(tmp_path), "--data", "fake"], "")
+        settings.search_arguments(["--resume", "--out", str(tmp_path), "--data", "fake"], "")

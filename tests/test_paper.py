@@ -6,7 +6,7 @@ another. A number that does not hold has a test whose name ends in `_erratum`: i
 prints, and the value that would hold. PAPER.md lists each of these tests once, and the numbers that no test
 can check. The last section compares the documents with the source code.
 """
-from machinery import flags
+from machinery import settings
 
 import argparse
 import ast
@@ -625,7 +625,7 @@ def test_settings_of_the_search():
         assert type(optimiser) is kind and list(map(id, group["params"])) == list(map(id, parameters))
     group, = sgd.param_groups
     assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.3, 0.9, 0.2)
-    paper = flags.DEFAULTS["paper"]
+    paper = settings.DEFAULTS["paper"]
     assert tuple(paper["epochs"]) == (100, 60, 60, 60, 60) and paper["batch_size"] == 1024
     assert search.WEIGHTS_A_STEP == 5
     assert [distill.ratio(p) for p in (0, 0.5, 1)] == pytest.approx([0.5, 0.275, 0.05])

@@ -6,6 +6,7 @@ by Eq. 4, at falling temperature and lambda, gradients by autograd and every upd
 second run, with the same seed, with another, undisturbed beside interrupted.
 """
 from machinery.run import Run
+from machinery.settings import train_parser
 
 import argparse
 import itertools
@@ -26,7 +27,6 @@ import data
 import flops
 import plot
 import search
-import train
 from derive import derive, evaluator, inherit, open_supernet, recalibrate
 from derive import main as derive_main
 from grow import grow
@@ -277,7 +277,7 @@ def test_five_stages_grow_within_their_targets_and_files_are_there(tmp_path, mon
     lines = capsys.readouterr().out.splitlines()
     for line, pattern in zip(lines, said, strict=True):
         assert re.fullmatch(pattern, line), (line, pattern)
-    scripts = {"train.py": train.parser().parse_args, "derive.py": derive_main}
+    scripts = {"train.py": train_parser(None).parse_args, "derive.py": derive_main}
     for command in lines[-2:]:
         _, script, *argv = shlex.split(command)
         scripts[script](argv)
