@@ -109,6 +109,16 @@ def check(image, arch):
                          "must not be normalised, and whole numbers in 0..255 must be uint8")
 
 
+def scaled(image, like):
+    """Pixels, uint8 in 0..255 or floating point in [0, 1], in 0..255 and of the type of `like`."""
+    pixels = image.to(like.dtype)
+    return pixels if image.dtype == torch.uint8 else 255 * pixels
+
+
+torch.fx.wrap("check")                      # FX, which cannot trace their branches, keeps the calls
+torch.fx.wrap("scaled")
+
+
 class Normalise(nn.Module):
     """Pixels (B, C, H, W), uint8 in 0..255 or floating point in [0, 1] -> (pixel - mean) / std, floats."""
 
@@ -118,15 +128,14 @@ class Normalise(nn.Module):
             self.register_buffer(name, 255 * torch.as_tensor(values, dtype=torch.float32).view(-1, 1, 1))
 
     def forward(self, image):
-        pixels = image.to(self.mean.dtype)
-        return ((pixels if image.dtype == torch.uint8 else 255 * pixels) - self.mean) / self.std
+        return (scaled(image, self.mean) - self.mean) / self.std
 
 
 class TrainedNetwork(nn.Module):
     """A trained `Network` behind its normalisation: image (B, C, R, R) -> logits (B, classes).
 
     image: uint8 pixels in 0..255, or floating-point ones in [0, 1]. ValueError for anything else, but not
-    within a compiled or exported program. facts: what its file holds beside the weights, a dict.
+    within a compiled, scripted or exported program. facts: what its file holds beside the weights, a dict.
     """
 
     def __init__(self, facts):
@@ -140,7 +149,7 @@ class TrainedNetwork(nn.Module):
         self.network = Network(self.arch)
 
     def forward(self, image):
-        if not torch.compiler.is_compiling():
+        if not (torch.jit.is_scripting() or torch.compiler.is_compiling()):
             check(image, self.arch)
         return self.network(self.normalise(image))
 

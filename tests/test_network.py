@@ -186,6 +186,19 @@ def test_one_file_holds_the_network_and_what_it_is(file):
     assert set(torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)) == {"facts", "weights"}
 
 
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+def test_with_its_normalisation_it_is_traced_and_scripted(file):
+    network, image = load(file), pixels(3)
+    wanted, traced, scripted = network(image), torch.fx.symbolic_trace(network), torch.jit.script(network)
+    layers = {"network.blocks.2": "middle", "network.classifier": "logits"}
+    features = create_feature_extractor(network, layers)
+    for same in (image, image / 255):
+        for found in (traced(same), scripted(same), features(same)["logits"]):
+            assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="not in"):
+        traced(image.float())
+
+
 @pytest.mark.parametrize("image, message", [
     (pixels(2).float(), "pixels from 0 to 255, not in"),
     (pixels(2) / 255 - 0.5, "pixels from -0.5 to 0.5, not in"),
