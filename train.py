@@ -11,7 +11,7 @@ images: the network of the last epoch counts.
 from machinery import export, files, flags, folder, processes
 from machinery.files import Refused
 from machinery.results import curves
-from machinery.run import Run
+from machinery.run import Run, differences
 from machinery.settings import own_images, train_parser
 from machinery.workers import cores
 
@@ -189,11 +189,9 @@ def is_trained(args, settings):
                           "--out trains anew")
     if not path.exists() or checkpoint.exists():    # with both, its row in trained.json may be missing
         return False
-    known = read_trained(path).facts["trained_on"]
-    for key, value in settings.items():
-        if known.get(key) != value:
-            raise Refused(f"{path} was trained with {key} {known.get(key)}, not {value}: choose another "
-                          "--out")
+    facts = read_trained(path).facts
+    for key, before, value in differences(facts["trained_on"] | {"network": facts["arch"]}, settings):
+        raise Refused(f"{path} was trained with {key} {before}, not {value}: choose another --out")
     return True
 
 
@@ -271,6 +269,18 @@ def train_all(args, archs, images, test_images, device, signals, write=True):
     return path
 
 
+def export_trained(args):
+    """Export the network in args.what, a file. Refused with flags that would change it."""
+    p = train_parser(None)
+    others = [f"--{key.replace('_', '-')}" for key, value in vars(args).items()
+              if key not in ("what", "export", "device") and value != p.get_default(key)]
+    if others:
+        raise Refused(f"{', '.join(others)}: {args.what} is trained already, and is exported as it is")
+    if not args.export:
+        raise Refused(f"{args.what} is trained already: --export FILE writes it as .pt2 or .onnx")
+    export.export(read_trained(args.what), args.export)
+
+
 @flags.command
 def job(given):
     """What a process of --jobs does: it trains one network to its last checkpoint."""
@@ -287,8 +297,8 @@ def main(argv=None):
     args = processes.on_rank0(train_parser(__doc__).parse_args, argv)
     if args.export:
         processes.on_rank0(export.check, args.export)
-    if args.what.name.endswith(".net.pt") and args.export:
-        return processes.on_rank0(export.export, read_trained(args.what), args.export)
+    if args.what.name.endswith(".net.pt"):
+        return processes.on_rank0(export_trained, args)
     archs, args.run_folder = processes.on_rank0(read_archs, args.what)
     args.out, device = args.out or args.run_folder, processes.choose_device(args.device)
     wanted = processes.on_rank0(own_images, args, archs)

@@ -24,6 +24,22 @@ from tqdm import tqdm
 VERSION = 3                     # of the checkpoint
 
 
+def parts(settings):
+    """Settings, where each field and block of their network (an `Arch` as JSON) is one of its own."""
+    arch = json.loads(settings.get("network", "{}"))
+    blocks = {f"block {n}": block for n, block in enumerate(arch.get("blocks", ()))}
+    count = {"blocks": len(blocks)} if blocks else {}
+    return {key: value for key, value in settings.items() if key != "network"} | arch | count | blocks
+
+
+def differences(before, settings):
+    """Yield (name, its value before, its value in `settings`) where two dicts of settings differ."""
+    before = parts(before)
+    for key, value in parts(settings).items():
+        if before.get(key) != value:
+            yield key, before.get(key), value
+
+
 class Run:
     """How far a training is, and its checkpoint.
 
@@ -52,9 +68,8 @@ class Run:
             raise files.Refused(f"{path} is of version {saved.get('version')}, this is version {VERSION}: "
                                 "start anew")
         with self.refusing():
-            for key, value in self.settings.items():
-                if saved["settings"][key] != value:
-                    raise ValueError(f"its {key} is {saved['settings'][key]}, not {value}")
+            for key, before, value in differences(saved["settings"], self.settings):
+                raise ValueError(f"its {key} is {before}, not {value}")
             self.state = {key: type(value)(saved[key]) for key, value in self.state.items()}
             self.state["metrics"] = {kind: (total.to(self.device), int(count))
                                      for kind, (total, count) in self.state["metrics"].items()}

@@ -312,7 +312,7 @@ def test_a_line_now_and_then_says_how_it_goes(capsys):
 @pytest.mark.parametrize("change, says", [
     ({"version": 0}, r"last\.pt is of version 0, this is version \d+: start anew"),
     ({"settings": {"lr": 0.2}}, r"last\.pt is not a checkpoint of this run \(its lr is 0\.2, not 0\.1\)"),
-    ({"settings": {}}, r"last\.pt is not a checkpoint of this run \('lr'\)"),
+    ({"settings": {}}, r"last\.pt is not a checkpoint of this run \(its lr is None, not 0\.1\)"),
     ({"settings": 3}, r"last\.pt is not a checkpoint of this run"),
     ({"step": "x"}, r"last\.pt is not a checkpoint of this run \(invalid literal"),
     ({"metrics": {"": 3}}, r"last\.pt is not a checkpoint of this run \("),

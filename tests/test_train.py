@@ -220,6 +220,39 @@ def test_a_network_is_trained_from_scratch_and_from_inherited_weights(searched, 
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
+def test_another_network_of_its_name_is_refused_in_a_line(searched, tmp_path, monkeypatch, capsys):
+    arch, file = Arch.from_json((searched / "A0.json").read_text()), tmp_path / "A0.json"
+    asked = [str(file), *FAST]
+    file.write_text(arch.to_json())
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train.processes, "pending_signal", lambda caught: 2)
+        train.main(asked)
+    wider = arch.blocks[0]._replace(hidden=48), *arch.blocks[1:]
+    others = [("head", "16, not 24", {"head": 24}), ("block 0", "{", {"blocks": wider}),
+              ("blocks", f"{len(arch.blocks)}, not 1", {"blocks": arch.blocks[:1]})]
+    for where, verb in (("A0.last.pt", " is "), ("A0.net.pt", " ")):
+        before = (tmp_path / where).read_bytes()
+        for name, values, other in others:
+            file.write_text(arch._replace(**other).to_json())
+            refused(train.main, [*asked, "--resume"], name + verb + values, capsys)
+        assert (tmp_path / where).read_bytes() == before
+        file.write_text(arch.to_json())
+        train.main([*asked, "--resume"])
+
+
+def test_a_network_that_is_trained_is_exported_as_it_is(searched, tmp_path, capsys):
+    train.main([str(searched / "A0.json"), *FAST, "--out", str(tmp_path)])
+    path = tmp_path / "A0.net.pt"
+    refused(train.main, [str(path)], f"{path} is trained already: --export", capsys)
+    others = (["--resolution", "64"], "--resolution"), (["--lr", "1", "--resume"], "--lr, --resume")
+    for more, named in others:
+        refused(train.main, [str(path), "--export", str(tmp_path / "a.pt2"), *more],
+                f"{named}: {path} is trained already", capsys)
+    assert not (tmp_path / "a.pt2").exists()
+    train.main([str(path), "--export", str(tmp_path / "a.pt2"), "--device", "cpu"])
+    assert (tmp_path / "a.pt2").exists()
+
+
 def test_a_network_for_a_phone_by_the_readmes_commands(tmp_path, monkeypatch):
     """As they stand there, but for images, epochs and the budget."""
     monkeypatch.chdir(tmp_path)
