@@ -147,7 +147,7 @@ def main(argv=None):
                 print(f"{name}: {count / 1e6:.3f} M MACs, {params / 1e6:.3f} M parameters", flush=True)
                 loader, test_loader = (data.Loader(part, images.statistics(index), given.batch_size, device)
                                        for part in (images, test_images))
-                asked = {key: getattr(given, key) for key in train.SETTINGS} | {"network": name}
+                asked = {key: getattr(given, key) for key in train.SETTINGS} | {"reference": name}
                 run = Run(folder / f"{name}.last.pt", asked, device, signals, most_skipped=0)
                 if args.resume:
                     run.resume()
