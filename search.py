@@ -29,7 +29,7 @@ from space import SPACES
 from supernet import SuperNet, require_grad, step_sampled, temperature
 from train import learning_rate
 
-WEIGHTS_A_STEP = 5              # the parts are 5/6 and 1/6: five weight steps, then one of the architecture
+WEIGHTS_A_STEP = 2              # steps of the weights, then one of the architecture (PAPER.md)
 HISTORY = 25                    # steps between the architecture probabilities that the log keeps
 # Lowest and highest accuracy (%) of A0..A4 over search seeds 0 to 7, with default settings and one thread, on
 # the validation split with the supernet's weights (results/searches.jsonl)
@@ -88,7 +88,8 @@ def train_stage(supernet, teacher, loader, parts, args, run):
         if step % WEIGHTS_A_STEP == WEIGHTS_A_STEP - 1:
             require_grad(weights, False), require_grad(alphas, True)
             adam.zero_grad()
-            metrics = backward(supernet, teacher, next(alpha_batches), (*seed, 1), tau, lam, args.accumulate)
+            # At temperature 0: alpha judges networks, and not mixtures of two
+            metrics = backward(supernet, teacher, next(alpha_batches), (*seed, 1), 0, lam, args.accumulate)
             if run.synchronise(alphas, metrics, "alpha_"):
                 step_sampled(adam, alphas)
 

@@ -107,9 +107,12 @@ class SuperNet(nn.Module):
         """Draw two paths at temperature tau: for each block a dict from `CHOICES` to `Draw`.
 
         Gumbel top-2: the two largest of logits + Gumbel noise are a draw without replacement from their
-        softmax. All choices are drawn at once, padded to the longest, so that an accelerator is read only
-        once for all of them. The noise, -log of exponential draws, comes from the CPU's `generator`, so that
-        every device and process draws the same.
+        softmax. At tau = 0, the limit, the gates are 1 and 0, which is one network; their gradient is then
+        that of temperature 1 (the straight-through estimator of Jang et al. 2017).
+
+        All choices are drawn at once, padded to the longest, so that an accelerator is read only once for
+        all of them. The noise, -log of exponential draws, comes from the CPU's `generator`, so that every
+        device and process draws the same.
         """
         alphas = self.alphas()
         sizes = [len(alpha) for alpha in alphas]
@@ -117,7 +120,9 @@ class SuperNet(nn.Module):
         logits = pad_sequence(alphas, batch_first=True, padding_value=-math.inf)      # (choices, options)
         perturbed = logits + pad_sequence(noise.split(sizes), batch_first=True).to(logits.device)
         options = perturbed.topk(2).indices.sort().values                             # (choices, 2)
-        gates = F.softmax(perturbed.gather(1, options) / tau, 1)
+        gates = F.softmax(perturbed.gather(1, options) / (tau or 1.0), 1)
+        if tau == 0:
+            gates = gates + (F.one_hot(gates.argmax(1), 2) - gates).detach()
         draws = (Draw(tuple(pair), pair_gates) for pair, pair_gates in zip(options.tolist(), gates))
         single = Draw((0,), gates.new_ones(1))
         return [dict.fromkeys(CHOICES, single) | dict(zip(block.alphas, draws)) for block in self.blocks]

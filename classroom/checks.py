@@ -317,6 +317,17 @@ def test_task_2_2_the_gates_give_the_logits_a_gradient():
                0 if alpha.grad is None else int(alpha.grad.count_nonzero()), 2)
 
 
+def test_task_2_2_at_temperature_0_one_path_has_the_gate_and_both_learn():
+    net, found = alike(), []
+    for tau in (0, 1.0):
+        draw = net.sample(tau, seeded())[1]["width"]
+        gradient, = torch.autograd.grad(draw.gates[0], net.blocks[1].alphas["width"])
+        found.append((draw.gates.detach(), gradient))
+    (hard, gradient), (soft, wanted) = found
+    expect("the gates at temperature 0", hard, (soft == soft.max()).float())
+    expect("the gradient of a gate at temperature 0, which is that at temperature 1", gradient, wanted)
+
+
 # ---- 2.3 MixedBlock.forward
 
 class Layers(nn.Module):

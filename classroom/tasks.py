@@ -31,7 +31,8 @@ TASKS = {
     "2.2": Task(10, "Architecture Space: two sampled paths", "supernet", (
         "pairs_are_drawn_without_replacement_from_the_softmax",
         "the_choices_of_a_path_are_drawn_independently",
-        "at_a_low_temperature_one_path_has_nearly_all_the_weight_and_at_a_high_one_half")),
+        "at_a_low_temperature_one_path_has_nearly_all_the_weight_and_at_a_high_one_half",
+        "at_temperature_0_one_network_is_computed_and_the_gates_learn_as_soft_ones_do")),
     "2.3": Task(10, "Architecture Space: two paths, masks", "supernet", (
         "the_sliced_supernet_is_the_full_width_masked_one", "one_path_is_the_network_of_its_choices",
         "gates_of_0_and_1_for_two_sampled_paths_give_the_network_of_one_of_them")),

@@ -627,7 +627,7 @@ def test_settings_of_the_search():
     assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.3, 0.9, 0.2)
     paper = settings.DEFAULTS["paper"]
     assert tuple(paper["epochs"]) == (100, 60, 60, 60, 60) and paper["batch_size"] == 1024
-    assert search.WEIGHTS_A_STEP == 5
+    assert search.WEIGHTS_A_STEP == 2
     assert [distill.ratio(p) for p in (0, 0.5, 1)] == pytest.approx([0.5, 0.275, 0.05])
 
 

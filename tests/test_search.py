@@ -1,7 +1,7 @@
 """The search as a whole and one stage of it, step for step: it repeats, it goes on, it never sees the test
 images, it trains as the paper says.
 
-The oracles: Figure 2's box written out, five steps of w and one of alpha, each on its own part of the images,
+The oracles: Figure 2's box written out, two steps of w and one of alpha, each on its own part of the images,
 by Eq. 4, at falling temperature and lambda, gradients by autograd and every update by its formula; and a
 second run, with the same seed, with another, undisturbed beside interrupted.
 """
@@ -65,8 +65,9 @@ def same(one, other):
 
 
 def settings(**more):
+    """By this seed no two kernels are paired of which both see all pixels: rounding alone would part them."""
     return argparse.Namespace(**{
-        "batch_size": 16, "lr": 0.2, "alpha_lr": 0.03, "weight_decay": 0.05, "seed": 5,
+        "batch_size": 16, "lr": 0.2, "alpha_lr": 0.03, "weight_decay": 0.05, "seed": 7,
         "checkpoint_every": 500, "accumulate": 1} | more)
 
 
@@ -84,7 +85,8 @@ def by_hand(net, teacher, loader, parts, args, left_out):
         def loss(kind, tau=tau, lam=lam, step=step):
             total, batch = 0.0, next(batches[kind])
             for x, y in zip(*(part.chunk(args.accumulate) for part in batch)):    # each goes the same paths
-                path = net.sample(tau, data.generator(args.seed, SPACE.stage, search.PATHS, step, kind))
+                seed = args.seed, SPACE.stage, search.PATHS, step, kind
+                path = net.sample(0 if kind else tau, data.generator(*seed))          # alpha's: one network
                 log_p = net(x, path).log_softmax(1)
                 hard = -log_p[torch.arange(len(y)), y]
                 with torch.no_grad():
@@ -98,11 +100,11 @@ def by_hand(net, teacher, loader, parts, args, left_out):
                 if g is not None and (0, step) not in left_out:           # what was not sampled stays
                     v.mul_(0.9).add_(g + args.weight_decay * p)
                     p -= rate(step, STEPS, args.lr) * v
-        if step % 5 == 4:
+        if step % 2 == 1:
             gradients = torch.autograd.grad(loss(1), alphas)
             if (1, step) in left_out:
                 continue
-            n = 1 + sum((1, earlier) not in left_out for earlier in range(4, step, 5))
+            n = 1 + sum((1, earlier) not in left_out for earlier in range(1, step, 2))
             with torch.no_grad():
                 for a, g, m, v in zip(alphas, gradients, first, second):                  # Adam's
                     m.mul_(0.5).add_(0.5 * g)
@@ -112,7 +114,7 @@ def by_hand(net, teacher, loader, parts, args, left_out):
 
 
 @pytest.mark.parametrize("taught, pieces, bad", [
-    (False, 3, []), (True, 1, []), (True, 1, [(0, 0), (1, 4), (0, 7)]), (False, 2, [(0, 4), (0, 10)])])
+    (False, 3, []), (True, 1, []), (True, 1, [(0, 0), (1, 5), (0, 7)]), (False, 2, [(0, 4), (0, 10)])])
 def test_a_stage_is_trained_step_for_step_as_the_paper_says(taught, pieces, bad, monkeypatch):
     """Also where the numbers of some steps, of weights or of alpha, are not finite: those are left out."""
     images = data.fake(6 * 16 * STEPS // 5, (7,), size=16)
@@ -128,7 +130,7 @@ def test_a_stage_is_trained_step_for_step_as_the_paper_says(taught, pieces, bad,
         teacher(next(loader.ordered(parts[0][:64]))[0])                      # its batch norm is not trivial
         teacher.eval()
     args.epochs = [9, 9, 9, STEPS / (len(parts[0]) // args.batch_size), 9]
-    backward, order = search.backward, [(k, n) for n in range(STEPS) for k in range(1 + (n % 5 == 4))]
+    backward, order = search.backward, [(k, n) for n in range(STEPS) for k in range(1 + (n % 2 == 1))]
     calls = iter(order)
 
     def sometimes(supernet, *given):

@@ -210,6 +210,25 @@ def test_at_a_low_temperature_one_path_has_nearly_all_the_weight_and_at_a_high_o
         assert (gates >= low).all() and (gates <= high).all()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_at_temperature_0_one_network_is_computed_and_the_gates_learn_as_soft_ones_do(seed):
+    net, x = small(2), torch.randn(4, 1, 16, 16, generator=seeded(seed))
+    hard, soft = net.sample(0, seeded(seed)), net.sample(1.0, seeded(seed))
+    assert [d[c].options for d in hard for c in CHOICES] == [d[c].options for d in soft for c in CHOICES]
+    chosen = [tuple(d[c].options[d[c].gates.argmax()] for c in CHOICES) for d in soft]
+    assert {gate for d in hard for c in CHOICES for gate in d[c].gates.tolist()} == {0.0, 1.0}
+    assert_close(net(x, hard), net(x, net.path(chosen)), rtol=1e-4, atol=1e-5)
+    weights = [torch.randn(2, generator=seeded(n)) for n in range(3 * len(net.blocks))]
+    found = []
+    for path in (hard, soft):
+        gates = [d[c].gates for d in path for c in CHOICES]
+        total = sum((w[:len(g)] * g).sum() for w, g in zip(weights, gates, strict=True))
+        found.append(torch.autograd.grad(total, net.alphas()))
+    assert any(g.abs().max() > 0.01 for g in found[1])
+    for one, other in zip(*found, strict=True):
+        assert_close(one, other)
+
+
 def test_the_temperature_falls_exponentially_from_5_to_a_tenth():
     values = [temperature(n / 10) for n in range(11)]
     assert values[0] == 5 and math.isclose(values[-1], 0.1)
