@@ -36,10 +36,10 @@ import flops
 import search
 import train
 from budget import viterbi_list
-from derive import evaluate, evaluate_derived, open_supernet, space_costs
+from derive import evaluate, evaluate_derived, log_probabilities, open_supernet, space_costs
 from network import Network
 from ops import initialise
-from space import SPACES, Arch
+from space import CANDIDATES, SPACES, Arch
 from supernet import SuperNet
 
 HERE = Path(__file__).parent
@@ -213,8 +213,19 @@ def find(args):
     train_all(wanted, args.jobs)
 
 
+def log_likelihood(arch, supernet):
+    """An `Arch`'s log-likelihood under alpha; of expansions that round to its hidden width the likeliest."""
+    total = 0.0
+    for log_p, block, chosen, inputs in zip(log_probabilities(supernet), supernet.space.blocks, arch.blocks,
+                                            arch.inputs(), strict=True):
+        ops, expansions, widths = (p.tolist() for p in log_p)
+        total += ops[list(CANDIDATES).index(chosen.op)] + widths[block.widths.index(chosen.out)]
+        total += max(p for n, p in enumerate(expansions) if block.hidden(inputs, n) == chosen.hidden)
+    return total
+
+
 def rank(args):
-    """24 random networks a stage: their accuracy with the supernet's weights, and trained with two seeds."""
+    """24 random networks a stage: log-likelihood and accuracy by the supernet, and trained with two seeds."""
     known = {(row["stage"], row["arch"]) for row in rows(RANKS)}
     for stage in args.stages:
         supernet = open_supernet(Path(args.runs) / "seed0", stage)
@@ -222,7 +233,8 @@ def rank(args):
             if (stage, arch.to_json()) not in known:
                 loader, parts = loader_of(128)
                 accuracy = evaluate_derived(arch, supernet, loader, parts, 0, stage, TRAINED)[1]
-                add(RANKS, {"stage": stage, "number": n, "accuracy": accuracy, "arch": arch.to_json()})
+                add(RANKS, {"stage": stage, "number": n, "accuracy": accuracy,
+                            "log_likelihood": log_likelihood(arch, supernet), "arch": arch.to_json()})
     train_all([("random", n, arch, seed, args.epochs) for stage in args.stages
                for n, arch in enumerate(random_networks(stage, 24)) for seed in (0, 1)], args.jobs)
 
@@ -285,8 +297,10 @@ def table(args):
                                  if (row["stage"], row["epochs"], row["kind"], row["seed"])
                                  == (stage, args.epochs, "random", seed)}
                                 for key, seed in (("accuracy", 0), ("accuracy", 1), ("params", 0)))
-        ranked = {row["arch"]: row["accuracy"] for row in rows(RANKS) if row["stage"] == stage}
-        for what, values in (("supernet", ranked), ("another seed", other), ("parameters", params)):
+        ranked, likely = ({row["arch"]: row[key] for row in rows(RANKS) if row["stage"] == stage}
+                          for key in ("accuracy", "log_likelihood"))
+        for what, values in (("accuracy with the supernet's weights", ranked), ("log-likelihood", likely),
+                             ("another seed", other), ("parameters", params)):
             both = sorted(set(means) & set(values))
             if len(both) > 4:
                 tau, low, high = kendall_interval([means[a] for a in both], [values[a] for a in both])

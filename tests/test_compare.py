@@ -5,10 +5,13 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 
 import data
 import flops
 import search
+from budget import viterbi
+from derive import log_probabilities, space_costs
 from results import compare
 from space import SPACES, Arch
 from supernet import SuperNet
@@ -38,6 +41,21 @@ def test_kendalls_tau_counts_pairs():
     assert compare.kendall(one, other) == pytest.approx(2 * np.mean(pairs) - 1)
     tau, low, high = compare.kendall_interval(one, one)
     assert tau == high == 1 and low == 1
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_networks_likelihood_is_what_the_derivation_maximises(stage):
+    supernet, g = SuperNet(SPACES["small"][stage], 1, 10, data.generator(0)), data.generator(1)
+    with torch.no_grad():
+        for alpha in supernet.alphas():
+            alpha.normal_(generator=g)
+    log_p, table = log_probabilities(supernet), space_costs(supernet)
+    for penalty in (0.0, 1e-6, 1e-5):
+        best = viterbi(log_p, table, penalty)
+        arch = supernet.space.arch(best.options, 1, 10)
+        assert compare.log_likelihood(arch, supernet) == pytest.approx(best.log_likelihood)
+    others = [compare.log_likelihood(arch, supernet) for arch in compare.random_networks(stage, 3)]
+    assert max(others) < viterbi(log_p, table, 0.0).log_likelihood
 
 
 def test_rows_are_kept_and_nothing_is_done_twice(tmp_path, monkeypatch, capsys):
