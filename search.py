@@ -33,7 +33,7 @@ WEIGHTS_A_STEP = 2              # steps of the weights, then one of the architec
 HISTORY = 25                    # steps between the architecture probabilities that the log keeps
 # Lowest and highest accuracy (%) of A0..A4 over search seeds 0 to 7, with default settings and one thread, on
 # the validation split with the supernet's weights (results/searches.jsonl)
-USUAL = ((78.5, 81.1), (80.1, 83.6), (81.8, 84.4), (83.1, 85.6), (83.6, 86.0))
+USUAL = ((79.5, 82.0), (81.6, 83.5), (82.9, 84.5), (83.5, 85.4), (84.4, 86.2))
 WEIGHTS, ALPHAS, PATHS, GROWTH = range(4)   # what is drawn: with seed, stage and step it seeds a generator
 
 
