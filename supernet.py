@@ -122,7 +122,7 @@ class SuperNet(nn.Module):
         options = perturbed.topk(2).indices.sort().values                             # (choices, 2)
         gates = F.softmax(perturbed.gather(1, options) / (tau or 1.0), 1)
         if tau == 0:
-            gates = gates + (F.one_hot(gates.argmax(1), 2) - gates).detach()
+            gates = gates + (F.one_hot(gates.argmax(1), gates.shape[1]) - gates).detach()
         draws = (Draw(tuple(pair), pair_gates) for pair, pair_gates in zip(options.tolist(), gates))
         single = Draw((0,), gates.new_ones(1))
         return [dict.fromkeys(CHOICES, single) | dict(zip(block.alphas, draws)) for block in self.blocks]
