@@ -16,8 +16,8 @@ METHODS = {"cst": "the curriculum", "direct": "each stage alone", "naive": "grow
            "scaling": "A0's network made larger"}
 # The paper's epochs and batch size; our small space takes a hundredth of A0's epochs, and a 150th of the
 # others', which cost more and begin with what A0 has learnt. All else is ours.
-DEFAULTS = {"paper": {"epochs": [100.0, *[60.0] * 4], "batch_size": 1024, "lr": 0.4, "alpha_lr": 0.01},
-            "small": {"epochs": [1.0, *[0.4] * 4], "batch_size": 32, "lr": 0.1, "alpha_lr": 0.01}}
+DEFAULTS = {"paper": {"epochs": [100.0, *[60.0] * 4], "batch_size": 1024, "lr": 0.4},
+            "small": {"epochs": [1.0, *[0.4] * 4], "batch_size": 32, "lr": 0.1}}
 NOT_KEPT = ("out", "resume", "dry_run")         # flags that are no setting of a run
 FREE = ("stages", "device", "checkpoint_every", "workers")      # settings that may change on the way
 
@@ -53,7 +53,7 @@ def search_parser(description):
     g.add_argument("--lr", type=number(float, 1e-9), help="peak learning rate of the weights' SGD (0.4; 0.1)")
     g.add_argument("--weight-decay", type=number(float, 0), default=1e-4, metavar="W",
                    help="of the weights (1e-4)")
-    g.add_argument("--alpha-lr", type=number(float, 1e-9), metavar="LR",
+    g.add_argument("--alpha-lr", type=number(float, 1e-9), default=0.01, metavar="LR",
                    help="learning rate of alpha's Adam (0.01)")
     g = p.add_argument_group("the run")
     g.add_argument("--out", type=Path, metavar="DIR", help="its folder (the next of runs/001, runs/002, ..)")
