@@ -116,7 +116,7 @@ def measure(run):
 
 @styled
 def picture(path):
-    """Draw growth.png: a panel a stage, a dot a network, a line at their mean; shares of twins beneath.
+    """Draw growth.png: a panel a stage, a dot a network, a line at their mean; shares of twins above.
 
     Returns the figure.
     """
@@ -130,11 +130,11 @@ def picture(path):
             spread = np.linspace(-0.3, 0.3, len(y))
             axis.plot(x + spread, y, ".", ms=2, color=colour, alpha=0.6)
             axis.hlines(y.mean(), x - 0.4, x + 0.4, "black", lw=1)
-            axis.text(x, 2, f"{100 * row['twins']:.0f}", ha="center", va="bottom", fontsize=6)
+            axis.text(x, 99, f"{100 * row['twins']:.0f}", ha="center", va="top", fontsize=6)
         axis.set_xticks(range(len(WAYS)), WAYS, rotation=90)
         axis.set_title(f"A{stage - 1} grows to A{stage}")
         axis.set_ylim(0, 100)
-    figure.axes[0].set_ylabel("accuracy (%) of 50 random networks,\nmean; beneath: % of twin channels")
+    figure.axes[0].set_ylabel("accuracy (%) of 50 random networks,\nmean; above: % of twin channels")
     save(figure, path)
     return figure
 
