@@ -69,7 +69,7 @@ def train_parser(description):
     """The flags of train.py."""
     p = flags.Parser("train.py", description, "train.py ARCH.json|RUN [flags]")
     p.add_argument("what", type=Path, metavar="ARCH.json|RUN",
-                   help="a network, or the folder of a run; with --export also what was trained, A3.net.pt")
+                   help="a network, or the folder of a run; A3.net.pt to --export")
     p.add_argument("--init", choices=("scratch", "inherit"), default="scratch",
                    help="random weights, or the supernet's (scratch, Experiments)")
     p.add_argument("--export", type=Path, metavar="FILE",
