@@ -4,7 +4,8 @@ import signal
 import sys
 from pathlib import Path
 
-if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parents[1]:
+root = Path(__file__).resolve().parents[1]
+if Path(sys.argv[0]).resolve().parent in (root, root / "results"):
     # One of the scripts here: Ctrl-C ends it at once, also while it imports, but for where it listens.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 

@@ -76,6 +76,12 @@ def space_of(stage):
     return supernet, space_costs(supernet, flops.Layer.macs), space_costs(supernet, flops.Layer.params)
 
 
+def draw(block, generator):
+    """One (operation, expansion, width) of a `space.Block`, as indices, uniformly."""
+    sizes = len(CANDIDATES), len(block.expansions), len(block.widths)
+    return tuple(int(torch.randint(size, (1,), generator=generator)) for size in sizes)
+
+
 def random_networks(stage, count):
     """`count` networks drawn uniformly from the options of a stage's space, at most 3 % below its target."""
     supernet, target, found = space_of(stage)[0], flops.TARGETS["small"][stage], []
@@ -83,9 +89,7 @@ def random_networks(stage, count):
         if len(found) == count:
             return found
         g = data.generator(DRAWN, stage, n)
-        options = [[int(torch.randint(size, (1,), generator=g))
-                    for size in (8, len(b.expansions), len(b.widths))] for b in supernet.space.blocks]
-        arch = supernet.space.arch(options, 1, 10)
+        arch = supernet.space.arch([draw(block, g) for block in supernet.space.blocks], 1, 10)
         if 0.97 * target <= flops.macs(arch) <= target:
             found.append(arch)
 
@@ -307,6 +311,7 @@ def table(args):
                 print(f"A{stage} {what}: {tau:+.2f} [{low:+.2f}, {high:+.2f}] (n = {len(both)})")
 
 
+@flags.command
 def main(argv=None):
     p = flags.Parser("compare.py", __doc__)
     p.add_argument("question", choices=("length", "find", "rank", "table"))

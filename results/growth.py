@@ -15,10 +15,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from machinery import flags, settings
+from machinery.files import Refused
 from machinery.pictures import COLOURS, save, styled
 
 import copy
-import itertools
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ import data
 import search
 from derive import arch_of, evaluate_derived, open_supernet
 from grow import WIDENINGS, grow
-from results.compare import add, rows
+from results.compare import add, draw, rows
 from supernet import SuperNet
 
 ROWS = Path(__file__).with_name("growth.jsonl")
@@ -50,9 +50,7 @@ def drawn(small, large, n):
     g, options = data.generator(search.GROWTH, large.stage, n), {}
     old = dict(zip(places(small), small.blocks))
     for (row, place), block in zip(places(large), large.blocks):
-        block = old.get((row, place), block)
-        sizes = 8, len(block.expansions), len(block.widths)
-        op, expansion, width = (int(torch.randint(size, (1,), generator=g)) for size in sizes)
+        op, expansion, width = draw(old.get((row, place), block), g)
         if (row, place) not in old:
             width = options[row, place - 1][2]
         options[row, place] = op, expansion, width
@@ -88,7 +86,9 @@ def made(way, small, trained, generator):
         return grow(small, trained.space, generator, way)
     if way == "random":
         return SuperNet(trained.space, trained.stem.in_channels, trained.classifier.out_features, generator)
-    return {"before": small, "trained": trained}.get(way) or bypassed(trained, small.space)
+    if way == "bypassed":
+        return bypassed(trained, small.space)
+    return small if way == "before" else trained
 
 
 def measure(run):
@@ -99,29 +99,31 @@ def measure(run):
     loader = data.Loader(images, images.statistics(parts[0]), args.batch_size)
     parts = parts[0], parts[1][:IMAGES]
     known = {(row["seed"], row["stage"], row["way"]) for row in rows(ROWS)}
-    for stage, way in itertools.product(range(1, args.stages), WAYS):
-        if (args.seed, stage, way) in known:
-            continue
+    for stage in range(1, args.stages):
         small, trained = open_supernet(run, stage - 1), open_supernet(run, stage)
-        networks = [drawn(small.space, trained.space, n)[way != "before"] for n in range(NETWORKS)]
-        supernet = made(way, small, trained, data.generator(args.seed, stage, search.GROWTH))
-        accuracies = [evaluate_derived(arch_of(supernet, options), supernet, loader, parts, args.seed, stage,
-                                       search.WEIGHTS)[1] for options in networks]
-        row = {"seed": args.seed, "stage": stage, "way": way, "accuracies": accuracies,
-               "twins": twins(supernet)}
-        add(ROWS, row)
-        print(f"A{stage} {way}: {100 * np.mean(accuracies):.1f} %, {100 * row['twins']:.0f} % twins",
-              flush=True)
+        networks = [drawn(small.space, trained.space, n) for n in range(NETWORKS)]
+        for way in (way for way in WAYS if (args.seed, stage, way) not in known):
+            supernet = made(way, small, trained, data.generator(args.seed, stage, search.GROWTH))
+            archs = [arch_of(supernet, options[way != "before"]) for options in networks]
+            accuracies = [evaluate_derived(arch, supernet, loader, parts, args.seed, stage,
+                                           search.WEIGHTS)[1] for arch in archs]
+            row = {"seed": args.seed, "stage": stage, "way": way, "accuracies": accuracies,
+                   "twins": twins(supernet)}
+            add(ROWS, row)
+            print(f"A{stage} {way}: {100 * np.mean(accuracies):.1f} %, {100 * row['twins']:.0f} % twins",
+                  flush=True)
 
 
 @styled
 def picture(path):
     """Draw growth.png: a panel a stage, a dot a network, a line at their mean; shares of twins above.
 
-    Returns the figure.
+    Returns the figure. Refused if no stage of a run with seed 0 has all its rows.
     """
     found = {(row["stage"], row["way"]): row for row in rows(ROWS) if row["seed"] == 0}
-    stages = sorted({stage for stage, _ in found})
+    stages = [stage for stage in range(1, 5) if all((stage, way) in found for way in WAYS)]
+    if not stages:
+        raise Refused(f"{ROWS} has not all rows of a stage of seed 0: measure a run first")
     figure = Figure((7.2, 2.6))
     for axis, stage in zip(figure.subplots(1, len(stages), sharey=True, squeeze=False)[0], stages):
         for x, way in enumerate(WAYS):
@@ -139,6 +141,7 @@ def picture(path):
     return figure
 
 
+@flags.command
 def main(argv=None):
     p = flags.Parser("growth.py", __doc__)
     p.add_argument("run", nargs="?", type=Path, metavar="RUN", help="the folder of a search to measure")

@@ -1,6 +1,10 @@
 """What growth does, seen from inside: the networks are the same before and after, twins are copies."""
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
 import torch
 from torch.testing import assert_close
 
@@ -10,6 +14,7 @@ from results import growth
 from space import SPACES
 from supernet import SuperNet
 
+ROOT = Path(__file__).parents[1]
 A0, A1 = SPACES["small"][:2]
 
 
@@ -51,11 +56,28 @@ def test_twins_are_counted_whatever_their_scale():
 
 
 def test_the_picture_has_a_panel_a_stage(tmp_path, monkeypatch):
-    ways = iter(growth.WAYS * 2)
     monkeypatch.setattr(growth, "ROWS", tmp_path / "growth.jsonl")
-    for stage in (1, 2):
-        for way in itertools.islice(ways, len(growth.WAYS)):
-            row = {"seed": 0, "stage": stage, "way": way, "accuracies": [0.5, 0.6], "twins": 0}
-            growth.add(growth.ROWS, row)
+    for stage, way in [*itertools.product((1, 2), growth.WAYS), (3, "before")]:       # A3 is not finished
+        row = {"seed": 0, "stage": stage, "way": way, "accuracies": [0.5, 0.6], "twins": 0}
+        growth.add(growth.ROWS, row)
     figure = growth.picture(tmp_path / "growth.png")
     assert (tmp_path / "growth.png").exists() and len(figure.axes) == 2
+
+
+def test_what_cannot_be_measured_or_drawn_ends_in_a_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(growth, "ROWS", tmp_path / "growth.jsonl")
+    for argv, said in (([], "measure a run first"), ([str(tmp_path)], "args.json: No such file"),
+                       (["--nosuch"], "unrecognized arguments: --nosuch")):
+        with pytest.raises(SystemExit) as ended:
+            growth.main(argv)
+        error = capsys.readouterr().err
+        assert ended.value.code == 2 and said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("script, ends", [
+    ("plot.py", True), ("results/growth.py", True), ("tests/x.py", False)])
+def test_ctrl_c_ends_a_script_at_once(script, ends):
+    code = "import signal, machinery; print(signal.getsignal(signal.SIGINT) is signal.SIG_DFL)"
+    code = f"import sys; sys.argv = [{script!r}]; {code}"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == str(ends)
