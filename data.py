@@ -172,13 +172,22 @@ class Loader:
         return self.read(batch_indices(index, self.batch_size, *position, start=start), shard)
 
 
-def augment(x, generator, shard=(0, 1)):
-    """x (B, C, H, W) uint8, a shard of a batch: moved by up to `PAD` pixels, half of them flipped."""
-    b, _, h, w = x.shape
-    rank, world_size = shard
-    mine = slice(rank * b, (rank + 1) * b)
-    dy, dx = torch.randint(2 * PAD + 1, (2, b * world_size), generator=generator)[:, mine].to(x.device)
-    flip = (torch.rand(b * world_size, 1, 1, 1, generator=generator)[mine] < 0.5).to(x.device)
+def draw_moves(generator, count):
+    """How `move` augments `count` images: rows and columns to move by (count,) each, and whether to flip."""
+    dy, dx = torch.randint(2 * PAD + 1, (2, count), generator=generator)
+    return dy, dx, torch.rand(count, 1, 1, 1, generator=generator) < 0.5
+
+
+def move(x, dy, dx, flip):
+    """x (B, C, H, W) uint8, moved by up to `PAD` pixels, half of them flipped."""
+    dy, dx, flip = (part.to(x.device) for part in (dy, dx, flip))
+    h, w = x.shape[2:]
     crops = torch.nn.functional.pad(x, (PAD,) * 4).unfold(2, h, 1).unfold(3, w, 1)  # (B, C, dy, dx, H, W)
-    moved = crops[torch.arange(b, device=x.device), :, dy, dx]
+    moved = crops[torch.arange(len(x), device=x.device), :, dy, dx]
     return torch.where(flip, moved.flip(3), moved)
+
+
+def augment(x, generator, shard=(0, 1)):
+    """x (B, C, H, W) uint8, a shard of a batch, moved and flipped as it is in the whole one."""
+    (rank, world_size), b = shard, len(x)
+    return move(x, *(part[rank * b:(rank + 1) * b] for part in draw_moves(generator, b * world_size)))

@@ -50,6 +50,13 @@ def learning_rate(peak, step, steps, warmup=0.05):
     return peak * min(progress / warmup, 0.5 + 0.5 * math.cos(math.pi * progress))
 
 
+def optimizer(network, args):
+    """SGD with Nesterov momentum, and weight decay of weight matrices alone."""
+    matrices, vectors = ([p for p in network.parameters() if (p.dim() > 1) == wide] for wide in (True, False))
+    return torch.optim.SGD([{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors}],
+                           args.lr, momentum=0.9, nesterov=True, fused=True)
+
+
 def train(network, stage, loader, index, test, args, run):
     """Train `network` on the images at `index`, and return it, or its moving average.
 
@@ -59,9 +66,7 @@ def train(network, stage, loader, index, test, args, run):
 
     test: a function of a network -> its accuracy, which is logged after every epoch. `run` has the rows.
     """
-    matrices, vectors = ([p for p in network.parameters() if (p.dim() > 1) == wide] for wide in (True, False))
-    sgd = torch.optim.SGD([{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors}],
-                          args.lr, momentum=0.9, nesterov=True, fused=True)
+    sgd = optimizer(network, args)
     average = AveragedModel(network) if args.ema else None
     result = average.module if average else network
     epoch_length = len(index) // args.batch_size

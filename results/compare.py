@@ -35,10 +35,11 @@ import data
 import flops
 import search
 import train
-from budget import viterbi_list
+from budget import cheapest_ends
 from derive import evaluate, evaluate_derived, log_probabilities, open_supernet, space_costs
 from network import Network
 from ops import initialise
+from results.many import train_many
 from space import CANDIDATES, SPACES, Arch
 from supernet import SuperNet
 
@@ -94,23 +95,36 @@ def random_networks(stage, count):
             found.append(arch)
 
 
+def undominated(pairs):
+    """Of (MACs, parameters) pairs (2, n) those that no other beats in both: (2, k)."""
+    pairs = pairs[:, np.lexsort((-pairs[1], pairs[0]))]
+    most = np.maximum.accumulate(pairs[1])
+    return pairs[:, np.append(True, pairs[1, 1:] > most[:-1])] if pairs.size else pairs
+
+
 def largest(stage):
-    """The network with the most parameters within the target's MACs: of the 1,000 best by parameters less a
-    penalty on MACs, which is found by bisection.
+    """The network with the most parameters within the target's MACs, exactly: block by block, for each width
+    that comes out, the beginnings of networks that are undominated; then back, from the best end.
     """
     (supernet, macs, params), target = space_of(stage), flops.TARGETS["small"][stage]
-    even = [tuple(torch.zeros(n, dtype=torch.float64) for n in table.shape[1:]) for table in macs.blocks]
-
-    def best(penalty, count=1):
-        blocks = [penalty * m - p for m, p in zip(macs.blocks, params.blocks)]
-        table = flops.Costs(0.0, blocks, penalty * macs.head - params.head)
-        solutions = viterbi_list(even, table, 1.0, count)
-        return [supernet.space.arch(solution.options, 1, 10) for solution in solutions]
-    low, high = 0.0, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (low, middle) if flops.macs(best(middle)[0]) <= target else (middle, high)
-    return max((arch for arch in best(high, 1000) if flops.macs(arch) <= target), key=flops.params)
+    steps = [np.stack(pair) for pair in zip(macs.blocks, params.blocks)]            # (2, i, op, e, o) each
+    fronts = [[np.array([[macs.fixed], [params.fixed]])]]
+    for step, rest in zip(steps, cheapest_ends(macs)[1:]):
+        fronts.append([])
+        for o, left in enumerate((target - rest).tolist()):
+            ways = [before[:, :, None] + undominated(step[:, i, ..., o].reshape(2, -1))[:, None]
+                    for i, before in enumerate(fronts[-2])]
+            ways = np.concatenate([way.reshape(2, -1) for way in ways], 1)
+            fronts[-1].append(undominated(ways[:, ways[0] <= left]))
+    ends = [(front[1, -1] + float(params.head[o]), o) for o, front in enumerate(fronts[-1]) if front.size]
+    width, options = max(ends)[1], []
+    pair = fronts[-1][width][:, -1]
+    for step, front in zip(reversed(steps), reversed(fronts[:-1])):
+        i, op, e = next(at for at in np.ndindex(step.shape[1:4])
+                        if (front[at[0]] == (pair - step[(slice(None), *at, width)])[:, None]).all(0).any())
+        options.append((op, e, width))
+        pair, width = pair - step[:, i, op, e, width], i
+    return supernet.space.arch(options[::-1], 1, 10)
 
 
 def by_hand(stage):
@@ -134,32 +148,47 @@ def loader_of(batch_size, device="cpu"):
     return data.Loader(images, images.statistics(parts[0]), batch_size, device), parts
 
 
-def train_network(arch_json, seed, epochs, device="cpu"):
-    """A row of networks.jsonl: a network trained with a seed for so many epochs, in float32."""
-    arch, device = Arch.from_json(arch_json), torch.device(device)
+def training_arguments(arch, seed, epochs, device):
+    """What train.py would train a network with, in float32."""
     argv = ["-", "--epochs", str(epochs), "--seed", str(seed), "--no-autocast"]
-    args = settings.train_parser(None).parse_args(argv)
-    args = train.completed(args, arch, f"A{arch.stage}", device)
-    loader, parts = loader_of(args.batch_size, device)
-    network, clock = Network(arch), time.perf_counter()
+    return train.completed(settings.train_parser(None).parse_args(argv), arch, f"A{arch.stage}", device)
+
+
+def train_network(arch, seed, epochs):
+    """The accuracy of an `Arch` trained by train.py's own loop, with a seed and for so many epochs."""
+    device = torch.device("cpu")
+    args = training_arguments(arch, seed, epochs, device)
+    loader, parts = loader_of(args.batch_size)
+    network = Network(arch)
     initialise(network, data.generator(seed, arch.stage, train.INITIAL))
-    network.to(device)
     run = Run(None, {}, device, most_skipped=0)
     with contextlib.redirect_stdout(None):              # it has a line when it has ended
         train.train(network, arch.stage, loader, parts[0], lambda network: math.nan, args, run)
-    accuracy = evaluate(network, loader, parts[1])
-    return {"stage": arch.stage, "seed": seed, "epochs": epochs, "accuracy": accuracy,
-            "flops": flops.macs(arch), "params": flops.params(arch), "arch": arch_json,
-            "seconds": time.perf_counter() - clock, "device": device.type}
+    return evaluate(network, loader, parts[1])
 
 
-def add_network(wanted):
-    """Train one of what `train_all` takes, and add its row."""
-    kind, number, arch_json, seed, epochs = wanted
-    row = {"kind": kind, "number": number} | train_network(arch_json, seed, epochs)
-    add(NETWORKS, row)
-    print(f"A{row['stage']} {kind} {number}, seed {seed}, {epochs} epochs: {100 * row['accuracy']:.2f} %, "
-          f"{row['seconds']:.0f} s", flush=True)
+def add_networks(given):
+    """Train (parts of what `train_all` takes, on a device), and add a row a network.
+
+    The networks of a part have stage, seed and number of epochs in common; a GPU trains them side by side.
+    """
+    parts, device = given
+    for part in parts:
+        kinds, numbers, archs, (seed, *_), (epochs, *_) = zip(*part)
+        archs, clock = [*map(Arch.from_json, archs)], time.perf_counter()
+        if device == "cpu":
+            accuracies = [train_network(arch, seed, epochs) for arch in archs]
+        else:
+            args = training_arguments(archs[0], seed, epochs, torch.device(device))
+            accuracies = train_many(archs, args, *loader_of(args.batch_size, device))
+        seconds = (time.perf_counter() - clock) / len(archs)
+        for kind, number, arch, accuracy in zip(kinds, numbers, archs, accuracies):
+            add(NETWORKS, {"kind": kind, "number": number, "stage": arch.stage, "seed": seed,
+                           "epochs": epochs, "accuracy": accuracy, "flops": flops.macs(arch),
+                           "params": flops.params(arch), "arch": arch.to_json(), "seconds": seconds,
+                           "device": device})
+            print(f"A{arch.stage} {kind} {number}, seed {seed}, {epochs} epochs: {100 * accuracy:.2f} %, "
+                  f"{seconds:.0f} s", flush=True)
 
 
 def add_search(wanted):
@@ -178,11 +207,19 @@ def side_by_side(function, wanted, jobs):
         processes.side_by_side(function, wanted, jobs, signals)
 
 
-def train_all(wanted, jobs):
+def train_all(wanted, args):
     """Train all of `wanted`, (kind, number, Arch, seed, epochs), that have no row in networks.jsonl yet."""
     known = {(row["kind"], row["number"], row["arch"], row["seed"], row["epochs"]) for row in rows(NETWORKS)}
-    wanted = [(kind, number, arch.to_json(), *rest) for kind, number, arch, *rest in wanted]
-    side_by_side(add_network, [each for each in wanted if each not in known], jobs)
+    groups = {}
+    for kind, number, arch, *rest in wanted:
+        each = kind, number, arch.to_json(), *rest
+        if each not in known:
+            groups.setdefault((arch.stage, *rest), []).append(each)
+    parts = [(n, group[n:n + args.side]) for group in groups.values()
+             for n in range(0, len(group), args.side)]
+    parts = [part for _, part in sorted(parts, key=lambda part: part[0])]           # all groups grow together
+    shares = [(parts[n::args.jobs], args.device) for n in range(min(args.jobs, len(parts)))]
+    side_by_side(add_networks, shares, args.jobs)
 
 
 def search_all(seeds, folder, more, jobs):
@@ -196,7 +233,7 @@ def search_all(seeds, folder, more, jobs):
 def length(args):
     """For 6 random networks a stage and 3 seeds: the deviation between networks beside that between seeds."""
     train_all([("random", n, arch, seed, epochs) for epochs in (3, 6, 10, 20) for stage in args.stages
-               for n, arch in enumerate(random_networks(stage, 6)) for seed in range(3)], args.jobs)
+               for n, arch in enumerate(random_networks(stage, 6)) for seed in range(3)], args)
 
 
 def find(args):
@@ -214,7 +251,7 @@ def find(args):
             if number == 0:
                 wanted += [(kind, 0, make(stage), 0, args.epochs)
                            for kind, make in (("largest", largest), ("by hand", by_hand))]
-    train_all(wanted, args.jobs)
+    train_all(wanted, args)
 
 
 def log_likelihood(arch, supernet):
@@ -240,7 +277,7 @@ def rank(args):
                 add(RANKS, {"stage": stage, "number": n, "accuracy": accuracy,
                             "log_likelihood": log_likelihood(arch, supernet), "arch": arch.to_json()})
     train_all([("random", n, arch, seed, args.epochs) for stage in args.stages
-               for n, arch in enumerate(random_networks(stage, 24)) for seed in (0, 1)], args.jobs)
+               for n, arch in enumerate(random_networks(stage, 24)) for seed in (0, 1)], args)
 
 
 # ------------------------------------------------------------------ what the rows say
@@ -320,6 +357,9 @@ def main(argv=None):
     p.add_argument("--draws", type=int, default=8, help="random networks a stage (8)")
     p.add_argument("--epochs", type=int, default=EPOCHS, help=f"of a network ({EPOCHS})")
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (as many as cores)")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="that trains networks (cpu)")
+    p.add_argument("--side", type=int, default=1, metavar="N",
+                   help="networks that a process trains at a time, side by side on a GPU (1)")
     p.add_argument("--runs", default=str(HERE / "runs"), help="folder of the searches")
     p.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="all that follows goes to search.py")
     args = p.parse_args(argv)

@@ -1,0 +1,161 @@
+"""Does the curriculum pay? Figures 5 and 6 of the paper with seeds: what each way of searching finds.
+
+    python results/methods.py run        # searches, then trains: rows of searches.jsonl and networks.jsonl
+    python results/methods.py            # figure5.png and figure6.png, and what they show as text
+
+Every way searches with the same seeds, on the same images, for the same targets. A0 is the same for all of
+them: there nothing grows, and nobody teaches. Networks are trained as compare.py trains them.
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from machinery import flags
+from machinery.pictures import COLOURS, save, styled
+
+import os
+
+import numpy as np
+from matplotlib.figure import Figure
+
+import flops
+from derive import scale
+from results.compare import HERE, NETWORKS, SEARCHES, T975, interval, rows, search_all, train_all
+from space import Arch
+
+# search.py's flags of each way, the curriculum first. The paper gives each stage of a direct search as many
+# epochs as A0; all others have the same epochs.
+SEARCHED = {"searched": [],
+            "direct": ["--method", "direct", "--epochs", "1"],
+            "naive": ["--method", "naive"],
+            "no distillation": ["--no-distill"],
+            "no growth": ["--no-grow"],
+            "neither": ["--no-grow", "--no-distill"],
+            "network teaches": ["--teacher", "network"],
+            "zero": ["--widen", "zero"],
+            "split": ["--widen", "split"]}
+WORDS = {"searched": "AdaSearch (CST)", "direct": "direct search", "naive": "naive progressive search",
+         "scaling": "compound scaling-up", "random": "random networks", "neither": "baseline",
+         "no distillation": "SuperNet2SuperNet alone", "no growth": "distillation alone"}
+FIGURES = {"figure5": ("searched", "direct", "naive", "scaling", "random"),
+           "figure6": ("searched", "no distillation", "no growth", "neither")}
+
+
+def found(args):
+    """[(kind, search seed, Arch), ..]: what the searches have derived for the stages, and A0's scaled up."""
+    every, archs = rows(SEARCHES), []
+    for kind, given in SEARCHED.items():
+        archs += [(kind, row["seed"], Arch.from_json(row["arch"])) for row in every
+                  if row["flags"] == given and row["seed"] < args.searches and row["stage"] in args.stages]
+    for row in every:
+        if row["flags"] == [] and row["stage"] == 0 and row["seed"] < args.searches:
+            base = Arch.from_json(row["arch"])
+            archs += [("scaling", row["seed"], scale(base, stage, flops.TARGETS["small"][stage]))
+                      for stage in args.stages]
+    return [each for each in archs if each[2].stage or each[0] == "searched"]
+
+
+def run(args):
+    """Search by each way, and train what it derives."""
+    for kind, given in SEARCHED.items():
+        folder = Path(args.runs) / (kind.replace(" ", "-") if given else "")
+        search_all(range(args.searches), folder, given, args.jobs)
+    train_all([(kind, seed, arch, 0, args.epochs) for kind, seed, arch in found(args)], args)
+
+
+def trained(args):
+    """{(kind, stage): {number: (MACs in M, accuracy in %)}}; all ways share the A0 of the curriculum."""
+    table = {}
+    for row in rows(NETWORKS):
+        if (row["seed"], row["epochs"]) == (0, args.epochs):
+            point = row["flops"] / 1e6, 100 * row["accuracy"]
+            table.setdefault((row["kind"], row["stage"]), {})[row["number"]] = point
+    for kind in {kind for kind, _ in table} & {*SEARCHED, "scaling"}:
+        first = table.get(("searched", 0), {})
+        table[kind, 0] = {n: point for n, point in first.items() if kind == "searched" or n < args.searches}
+    return table
+
+
+def paired(values):
+    """The mean of some differences, and half of its 95 % interval (Student's)."""
+    return np.mean(values), T975[len(values) - 2] * np.std(values, ddof=1) / len(values) ** 0.5
+
+
+def text(args):
+    """Print a line a way and stage: its accuracy, and by how much the curriculum's is above it. Ways that
+    search are compared seed by seed, and over all grown stages by the means of their seeds.
+    """
+    table, every = trained(args), rows(SEARCHES)
+    print("mean accuracy +- deviation (n), and the curriculum's less it +- half of the 95 % interval")
+    for kind in [*SEARCHED, "scaling", "random"]:
+        differences = []                                        # a dict of search seeds a stage
+        for stage in args.stages:
+            points, ours = table.get((kind, stage), {}), table.get(("searched", stage), {})
+            if len(points) < 2 or len(ours) < 2:
+                continue
+            accuracies = [accuracy for _, accuracy in points.values()]
+            line = f"A{stage} {kind:16} {np.mean(accuracies):.2f} +- {np.std(accuracies, ddof=1):.2f}"
+            if kind == "random":
+                difference, half = interval([accuracy for _, accuracy in ours.values()], accuracies)
+                line += f" ({len(points)})  {difference:+.2f} +- {half:.2f}"
+            elif kind != "searched" and stage:
+                differences.append({n: ours[n][1] - points[n][1] for n in points.keys() & ours.keys()})
+                line += " ({})  {:+.2f} +- {:.2f}".format(len(points), *paired([*differences[-1].values()]))
+            print(line)
+        if differences:
+            seeds = set.intersection(*map(set, differences))
+            means = [np.mean([each[n] for each in differences]) for n in seeds]
+            print("all of them, {:16} {:+.2f} +- {:.2f}".format(kind, *paired(means)))
+        mine = [row for row in every if row["flags"] == SEARCHED.get(kind) and row["seed"] < args.searches]
+        if mine:
+            seconds = sum(row["seconds"] for row in mine) / len({row["seed"] for row in mine})
+            print(f"seconds a search, {kind:16} {seconds:.0f}")
+
+
+@styled
+def picture(kinds, args, path):
+    """Draw accuracy against MACs, a line a way at the means of its stages, one deviation shaded."""
+    table, figure = trained(args), Figure((4.2, 3.0))
+    axis = figure.subplots()
+    for colour, kind in zip(COLOURS, kinds):
+        stages = [stage for stage in range(5) if len(table.get((kind, stage), ())) > 1]
+        if not stages:
+            continue                                        # nothing is trained yet
+        points = [np.array([*table[kind, stage].values()]) for stage in stages]
+        x, y = (np.array([part[:, which].mean() for part in points]) for which in (0, 1))
+        spread = np.array([part[:, 1].std(ddof=1) for part in points])
+        n = sorted({len(part) for part in points})
+        count = "n = " + " to ".join(str(each) for each in dict.fromkeys((n[0], n[-1])))
+        axis.plot(x, y, "o-" if kind == "searched" else ".--", color=colour,
+                  label=f"{WORDS[kind]} ({count})")
+        axis.fill_between(x, y - spread, y + spread, color=colour, alpha=0.13, lw=0)
+    axis.set_xlabel("MACs (M)")
+    axis.set_ylabel("accuracy (%), mean and one deviation")
+    axis.legend(loc="lower right")
+    save(figure, path)
+    return figure
+
+
+@flags.command
+def main(argv=None):
+    p = flags.Parser("methods.py", __doc__)
+    p.add_argument("what", nargs="?", choices=("run", "draw"), default="draw", help="(draw)")
+    p.add_argument("--stages", type=int, nargs="+", default=list(range(5)), metavar="K", help="(all)")
+    p.add_argument("--searches", type=int, default=5, help="search seeds 0, 1, .. of each way (5)")
+    p.add_argument("--epochs", type=int, default=3, help="of a network (3)")
+    p.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (as many as cores)")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="that trains networks (cpu)")
+    p.add_argument("--side", type=int, default=1, metavar="N",
+                   help="networks that a process trains at a time, side by side on a GPU (1)")
+    p.add_argument("--runs", default=str(HERE / "runs"), help="folder of the searches")
+    args = p.parse_args(argv)
+    if args.what == "run":
+        return run(args)
+    text(args)
+    for name, kinds in FIGURES.items():
+        picture(kinds, args, HERE / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()
