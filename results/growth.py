@@ -29,7 +29,7 @@ import data
 import search
 from derive import arch_of, evaluate_derived, open_supernet
 from grow import WIDENINGS, grow
-from results.compare import add, draw, rows
+from results.networks import add, draw, rows
 from supernet import SuperNet
 
 ROWS = Path(__file__).with_name("growth.jsonl")

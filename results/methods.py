@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 
 import flops
 from derive import scale
-from results.compare import HERE, NETWORKS, SEARCHES, T975, interval, rows, search_all, train_all
+from results.compare import EPOCHS, T975, interval
+from results.networks import HERE, NETWORKS, SEARCHES, rows, search_all, train_all
 from space import Arch
 
 # search.py's flags of each way, the curriculum first. The paper gives each stage of a direct search as many
@@ -143,7 +144,7 @@ def main(argv=None):
     p.add_argument("what", nargs="?", choices=("run", "draw"), default="draw", help="(draw)")
     p.add_argument("--stages", type=int, nargs="+", default=list(range(5)), metavar="K", help="(all)")
     p.add_argument("--searches", type=int, default=5, help="search seeds 0, 1, .. of each way (5)")
-    p.add_argument("--epochs", type=int, default=3, help="of a network (3)")
+    p.add_argument("--epochs", type=int, default=EPOCHS, help=f"of a network ({EPOCHS})")
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (as many as cores)")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="that trains networks (cpu)")
     p.add_argument("--side", type=int, default=1, metavar="N",

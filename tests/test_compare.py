@@ -12,7 +12,7 @@ import flops
 import search
 from budget import viterbi
 from derive import log_probabilities, space_costs
-from results import compare
+from results import compare, networks
 from space import SPACES, Arch
 from supernet import SuperNet
 
@@ -20,13 +20,13 @@ from supernet import SuperNet
 @pytest.mark.parametrize("stage", [0, 4])
 def test_networks_that_are_compared_lie_at_the_target(stage):
     target = flops.TARGETS["small"][stage]
-    drawn, largest = compare.random_networks(stage, 4), compare.largest(stage)
-    assert len(set(drawn)) == 4 and drawn[:2] == compare.random_networks(stage, 2)
-    for arch in (*drawn, largest, compare.by_hand(stage)):
+    drawn, largest = networks.random_networks(stage, 4), networks.largest(stage)
+    assert len(set(drawn)) == 4 and drawn[:2] == networks.random_networks(stage, 2)
+    for arch in (*drawn, largest, networks.by_hand(stage)):
         assert 0.9 * target <= flops.macs(arch) <= target
     assert all(flops.macs(arch) >= 0.97 * target for arch in drawn)
     assert flops.params(largest) > max(map(flops.params, drawn))
-    assert {block.op for block in compare.by_hand(stage).blocks} == {"ir_k3_se_hs"}
+    assert {block.op for block in networks.by_hand(stage).blocks} == {"ir_k3_se_hs"}
 
 
 @pytest.mark.parametrize("target", [450_000, 550_000, 650_000])
@@ -35,14 +35,15 @@ def test_no_network_within_the_target_has_more_parameters_than_the_largest(targe
     space = SPACES["small"][0]
     supernet = SuperNet(space._replace(blocks=space.blocks[:2]), 1, 10)
     tables = [space_costs(supernet, cost) for cost in (flops.Layer.macs, flops.Layer.params)]
-    monkeypatch.setattr(compare, "space_of", lambda stage: (supernet, *tables))
+    monkeypatch.setattr(networks, "space_of", lambda stage: (supernet, *tables))
     monkeypatch.setitem(flops.TARGETS, "small", (target,))
     options = [itertools.product(range(8), range(len(block.expansions)), range(len(block.widths)))
                for block in supernet.space.blocks]
     every = [supernet.space.arch(chosen, 1, 10) for chosen in itertools.product(*options)]
     best = max((arch for arch in every if flops.macs(arch) <= target), key=flops.params)
     assert len(every) == 8 * 2 * 8 * 4 * 2 and best != max(every, key=flops.params)
-    assert flops.params(compare.largest(0)) == flops.params(best) and flops.macs(compare.largest(0)) <= target
+    found = networks.largest(0)
+    assert flops.params(found) == flops.params(best) and flops.macs(found) <= target
 
 
 def test_the_interval_is_welchs():
@@ -55,8 +56,20 @@ def test_kendalls_tau_counts_pairs():
     one, other = np.random.default_rng(0).permutation(12), np.random.default_rng(1).permutation(12)
     pairs = [(a - b) * (c - d) > 0 for (a, c), (b, d) in itertools.combinations(zip(one, other), 2)]
     assert compare.kendall(one, other) == pytest.approx(2 * np.mean(pairs) - 1)
-    tau, low, high = compare.kendall_interval(one, one)
-    assert tau == high == 1 and low == 1
+    tau, low, high = compare.with_interval(compare.kendall, [one, one, -one], one)
+    assert tau == high == low == pytest.approx(1 / 3)
+    assert compare.with_interval(compare.kendall, [other], one)[0] == compare.kendall(other, one)
+    covered = 0
+    for a, b in np.random.default_rng(2).normal(size=(100, 2, 20)):
+        _, low, high = compare.with_interval(compare.kendall, [a], b, 100)
+        covered += low <= 0 <= high
+    assert 90 <= covered <= 99                                          # about 95 of 100
+
+
+def test_the_highest_fifth_is_that_of_the_ranking():
+    truth = np.arange(10.0)
+    assert compare.highest_fifth(truth, truth) == 8.5 - 4.5
+    assert compare.highest_fifth(-truth, truth) == 0.5 - 4.5
 
 
 @pytest.mark.parametrize("stage", [0, 3])
@@ -70,32 +83,33 @@ def test_a_networks_likelihood_is_what_the_derivation_maximises(stage):
         best = viterbi(log_p, table, penalty)
         arch = supernet.space.arch(best.options, 1, 10)
         assert compare.log_likelihood(arch, supernet) == pytest.approx(best.log_likelihood)
-    others = [compare.log_likelihood(arch, supernet) for arch in compare.random_networks(stage, 3)]
+    others = [compare.log_likelihood(arch, supernet) for arch in networks.random_networks(stage, 3)]
     assert max(others) < viterbi(log_p, table, 0.0).log_likelihood
 
 
 def test_rows_are_kept_and_nothing_is_done_twice(tmp_path, monkeypatch, capsys):
-    for name in ("NETWORKS", "SEARCHES", "RANKS"):
-        monkeypatch.setattr(compare, name, tmp_path / f"{name}.jsonl")
-    monkeypatch.setattr(compare, "side_by_side", lambda function, wanted, jobs: [*map(function, wanted)])
+    monkeypatch.setattr(compare, "RANKS", tmp_path / "ranks.jsonl")
+    for name in ("NETWORKS", "SEARCHES"):
+        monkeypatch.setattr(networks, name, tmp_path / f"{name}.jsonl")
+    monkeypatch.setattr(networks, "side_by_side", lambda function, wanted, jobs: [*map(function, wanted)])
     monkeypatch.setattr(data, "load", lambda name, part: data.fake(240, (0,)))
-    monkeypatch.setattr(compare, "random_networks",
-                        lambda stage, count, drawn=compare.random_networks: drawn(stage, min(count, 2)))
-    compare.loader_of.cache_clear()
-    arch = compare.random_networks(0, 1)[0].to_json()
-    monkeypatch.setattr(compare, "add_search", lambda wanted: compare.add(compare.SEARCHES, {
+    monkeypatch.setattr(networks, "random_networks",
+                        lambda stage, count, drawn=networks.random_networks: drawn(stage, min(count, 2)))
+    networks.loader_of.cache_clear()
+    arch = networks.random_networks(0, 1)[0].to_json()
+    monkeypatch.setattr(networks, "add_search", lambda wanted: networks.add(networks.SEARCHES, {
         "seed": wanted[1], "stage": 0, "flags": wanted[2], "arch": arch}))
     supernet = SuperNet(SPACES["small"][0], 1, 10, data.generator(0))
     monkeypatch.setattr(compare, "open_supernet", lambda run, stage: supernet)
     for _ in range(2):
         compare.main(["find", "--stages", "0", "--searches", "2", "--draws", "2", "--epochs", "1"])
-        compare.main(["rank", "--stages", "0", "--epochs", "1"])
-        rows = compare.rows(compare.NETWORKS)
+        compare.main(["rank", "--stages", "0", "--epochs", "1", "--searches", "1"])
+        rows = networks.rows(networks.NETWORKS)
         assert sorted((row["kind"], row["number"], row["seed"]) for row in rows) == [
-            ("by hand", 0, 0), ("largest", 0, 0), ("random", 0, 0), ("random", 0, 1), ("random", 1, 0),
-            ("random", 1, 1), ("searched", 0, 0), ("searched", 1, 0)]
-        assert [row["seed"] for row in compare.rows(compare.SEARCHES)] == [0, 1]
-        assert [row["number"] for row in compare.rows(compare.RANKS)] == [0, 1]
+            ("by hand", 0, 0), ("largest", 0, 0), ("random", 0, 0), ("random", 1, 0),
+            ("searched", 0, 0), ("searched", 1, 0)]
+        assert [row["seed"] for row in networks.rows(networks.SEARCHES)] == [0, 1]
+        assert [row["number"] for row in networks.rows(compare.RANKS)] == [0, 1]
     by = {(row["kind"], row["number"], row["seed"]): row for row in rows}
     assert by["searched", 0, 0]["accuracy"] == by["random", 0, 0]["accuracy"]     # the same network and seed
     assert all(flops.macs(Arch.from_json(row["arch"])) == row["flops"] for row in rows)
@@ -104,11 +118,11 @@ def test_rows_are_kept_and_nothing_is_done_twice(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     accuracies = [100 * by["random", n, 0]["accuracy"] for n in range(2)]
     assert f"random {np.mean(accuracies):.2f} +- {np.std(accuracies, ddof=1):.2f} (n = 2)" in said
-    compare.loader_of.cache_clear()
+    networks.loader_of.cache_clear()
 
 
 def test_a_search_says_where_those_of_these_rows_ended():
-    rows = compare.rows(compare.SEARCHES)
+    rows = networks.rows(networks.SEARCHES)
     for stage, (low, high) in enumerate(search.USUAL):
         ends = [row["accuracy"] for row in rows if row["stage"] == stage and not row["flags"]]
         assert len(ends) == 8 and (low, high) == (round(100 * min(ends), 1), round(100 * max(ends), 1))

@@ -11,7 +11,7 @@ import torch
 import data
 import flops
 from derive import scale
-from results import compare, many, methods
+from results import many, methods, networks
 
 ARGS = argparse.Namespace(stages=[0, 1, 4], searches=3, epochs=3)
 
@@ -22,7 +22,7 @@ def small(monkeypatch):
     images = data.fake(320, (0,))
     loader = data.Loader(images, images.statistics(range(256)), 64)
     parts = torch.arange(256), torch.arange(256, 320)
-    monkeypatch.setattr(compare, "loader_of", lambda *given: (loader, parts))
+    monkeypatch.setattr(networks, "loader_of", lambda *given: (loader, parts))
     return loader, parts
 
 
@@ -36,12 +36,12 @@ def test_all_batches_are_those_of_the_loader(small):
 
 
 def test_side_by_side_networks_learn_what_trains_own_loop_teaches(small, monkeypatch):
-    ends, archs = [], compare.random_networks(1, 2)
-    for module in (compare, many):
+    ends, archs = [], networks.random_networks(1, 2)
+    for module in (networks, many):
         monkeypatch.setattr(module, "evaluate", lambda network, *given: ends.append(network) or 0.5)
     for arch in archs:
-        compare.train_network(arch, 1, 2)
-    args = compare.training_arguments(archs[0], 1, 2, torch.device("cpu"))
+        networks.train_network(arch, 1, 2)
+    args = networks.training_arguments(archs[0], 1, 2, torch.device("cpu"))
     assert many.train_many(archs, args, *small) == [0.5, 0.5]
     for one, other in zip(ends[:2], ends[2:]):
         for (name, a), b in zip(one.state_dict().items(), other.state_dict().values()):
@@ -51,7 +51,7 @@ def test_side_by_side_networks_learn_what_trains_own_loop_teaches(small, monkeyp
 
 def arch_rows(flags, seeds):
     """Rows of searches: at each stage the network by hand, whatever the seed."""
-    archs = [(stage, compare.by_hand(stage).to_json()) for stage in (0, 1, 4)]
+    archs = [(stage, networks.by_hand(stage).to_json()) for stage in (0, 1, 4)]
     return [{"flags": flags, "seed": seed, "stage": stage, "arch": arch, "seconds": 1}
             for seed in seeds for stage, arch in archs]
 
@@ -65,7 +65,7 @@ def test_what_the_ways_derived_is_found_and_a0_is_scaled(monkeypatch):
     assert first == {("searched", n) for n in range(3)}
     assert last == {*first, *(("scaling", n) for n in range(3)), ("no growth", 0), ("no growth", 1)}
     scaled = next(arch for kind, _, arch in found if kind == "scaling" and arch.stage == 4)
-    assert scaled == scale(compare.by_hand(0), 4, flops.TARGETS["small"][4])
+    assert scaled == scale(networks.by_hand(0), 4, flops.TARGETS["small"][4])
 
 
 def test_ways_are_compared_at_equal_seeds(monkeypatch, capsys, tmp_path):
@@ -75,7 +75,7 @@ def test_ways_are_compared_at_equal_seeds(monkeypatch, capsys, tmp_path):
                 "accuracy": accuracy / 100, "flops": 1_000_000 * (stage + 1)}
     ours = [row("searched", stage, n, 90 + 10 * n % 7) for stage in (0, 1, 4) for n in range(3)]
     theirs = [row("naive", stage, n, 90 + 10 * n % 7 - n - 1) for stage in (1, 4) for n in range(3)]
-    monkeypatch.setattr(methods, "rows", lambda file: ours + theirs if file == compare.NETWORKS else [])
+    monkeypatch.setattr(methods, "rows", lambda file: ours + theirs if file == networks.NETWORKS else [])
     methods.text(ARGS)
     said = capsys.readouterr().out
     assert said.count("+2.00 +- 2.48") == 3 and said.count("naive") == 4         # A1, A4, all; and A0
