@@ -22,7 +22,6 @@ import os
 
 import numpy as np
 
-import flops
 from derive import evaluate_derived, log_probabilities, open_supernet
 from results import networks
 from space import CANDIDATES, Arch
@@ -70,17 +69,17 @@ def log_likelihood(arch, supernet):
 
 def rank(args):
     """Random networks of each stage: log-likelihood and accuracy by several searches' supernets; trained."""
-    known = {(row["search"], row["stage"], row["arch"]) for row in networks.rows(RANKS)}
+    known = {(row["search"], row["stage"], row["number"]) for row in networks.rows(RANKS)}
     drawn = {stage: networks.random_networks(stage, args.draws) for stage in args.stages}
     for stage, which in itertools.product(args.stages, range(args.searches)):
         supernet = open_supernet(Path(args.runs) / f"seed{which}", stage)
         for n, arch in enumerate(drawn[stage]):
-            if (which, stage, arch.to_json()) not in known:
-                accuracy = evaluate_derived(arch, supernet, *networks.loader_of(128), 0, stage, EVALUATED)[1]
+            if (which, stage, n) not in known:
+                _, accuracy = evaluate_derived(arch, supernet, *networks.loader_of(128), 0, stage, EVALUATED)
                 networks.add(RANKS, {"search": which, "stage": stage, "number": n, "accuracy": accuracy,
-                            "log_likelihood": log_likelihood(arch, supernet), "arch": arch.to_json()})
+                                     "log_likelihood": log_likelihood(arch, supernet)})
     networks.train_all([("random", n, arch, 0, args.epochs) for stage in args.stages
-               for n, arch in enumerate(drawn[stage])], args)
+                        for n, arch in enumerate(drawn[stage])], args)
 
 
 # ------------------------------------------------------------------ what the rows say
@@ -147,21 +146,21 @@ def kinds(stage, trained):
 
 
 def rankings(stage, trained):
-    """Print what the order of random networks, by supernets and otherwise, has to do with that of training."""
-    truth = {row["arch"]: 100 * row["accuracy"] for row in trained if row["kind"] == "random"}
-    ranks = [row for row in networks.rows(RANKS) if row["stage"] == stage and row["arch"] in truth]
-    every = {name: [{row["arch"]: row[key] for row in ranks if row["search"] == which}
+    """Print what the order of random networks by supernets, and by size, has to do with that by training."""
+    drawn = {row["number"]: row for row in trained if row["kind"] == "random"}
+    ranks = [row for row in networks.rows(RANKS) if row["stage"] == stage]
+    every = {name: [{row["number"]: row[key] for row in ranks if row["search"] == which}
                     for which in sorted({row["search"] for row in ranks})]
              for name, key in (("accuracy with the supernet's weights", "accuracy"),
                                ("log-likelihood under alpha", "log_likelihood"))}
-    every["number of parameters"] = [{arch: flops.params(Arch.from_json(arch)) for arch in truth}]
+    every["number of parameters"] = [{n: row["params"] for n, row in drawn.items()}]
     for name, found in every.items():
-        both = sorted(set(truth).intersection(*found))
+        both = sorted(set(drawn).intersection(*found))
         if found and len(both) > 4:
-            values = np.array([[one[arch] for arch in both] for one in found])
-            right = np.array([truth[arch] for arch in both])
-            tau, low, high = with_interval(kendall, values, right)
-            more, least, most = with_interval(highest_fifth, values, right)
+            values = np.array([[one[n] for n in both] for one in found])
+            truth = np.array([100 * drawn[n]["accuracy"] for n in both])
+            tau, low, high = with_interval(kendall, values, truth)
+            more, least, most = with_interval(highest_fifth, values, truth)
             print(f"A{stage} {name}: tau {tau:+.2f} [{low:+.2f}, {high:+.2f}], its highest fifth {more:+.2f} "
                   f"[{least:+.2f}, {most:+.2f}] points (n = {len(both)}, {len(found)} rankings)")
 
