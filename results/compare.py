@@ -22,6 +22,7 @@ import os
 
 import numpy as np
 
+import flops
 from derive import evaluate_derived, log_probabilities, open_supernet
 from results import networks
 from space import CANDIDATES, Arch
@@ -120,8 +121,8 @@ def lengths(stage, trained):
         by = {}
         for row in trained:
             if (row["stage"], row["epochs"], row["kind"]) == (stage, epochs, "random"):
-                by.setdefault(row["number"], []).append(100 * row["accuracy"])
-        full = [x for x in by.values() if len(x) > 1]
+                by.setdefault(row["number"], {})[row["seed"]] = 100 * row["accuracy"]
+        full = [[*seeds.values()] for seeds in by.values() if len(seeds) > 1]
         if len(full) > 1:
             seeds = np.mean([np.var(x, ddof=1) for x in full]) ** 0.5
             means = np.std([np.mean(x) for x in full], ddof=1)
@@ -129,11 +130,9 @@ def lengths(stage, trained):
                   f"network by {seeds:.2f} (n = {len(full)})")
 
 
-def kinds(stage, trained):
+def kinds(stage, found):
     """Print the accuracies of each kind of network, and the difference of searched and random ones."""
-    by = {}
-    for row in trained:
-        by.setdefault(row["kind"], []).append(100 * row["accuracy"])
+    by = {kind: [accuracy for _, accuracy in numbers.values()] for kind, numbers in found.items()}
     text = f"A{stage}"
     for kind, values in sorted(by.items()):
         deviation = f" +- {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
@@ -145,20 +144,20 @@ def kinds(stage, trained):
     print(text)
 
 
-def rankings(stage, trained):
+def rankings(stage, drawn):
     """Print what the order of random networks by supernets, and by size, has to do with that by training."""
-    drawn = {row["number"]: row for row in trained if row["kind"] == "random"}
+    archs = networks.random_networks(stage, 1 + max(drawn))
     ranks = [row for row in networks.rows(RANKS) if row["stage"] == stage]
     every = {name: [{row["number"]: row[key] for row in ranks if row["search"] == which}
                     for which in sorted({row["search"] for row in ranks})]
              for name, key in (("accuracy with the supernet's weights", "accuracy"),
                                ("log-likelihood under alpha", "log_likelihood"))}
-    every["number of parameters"] = [{n: row["params"] for n, row in drawn.items()}]
+    every["number of parameters"] = [{n: flops.params(archs[n]) for n in drawn}]
     for name, found in every.items():
         both = sorted(set(drawn).intersection(*found))
         if found and len(both) > 4:
             values = np.array([[one[n] for n in both] for one in found])
-            truth = np.array([100 * drawn[n]["accuracy"] for n in both])
+            truth = np.array([drawn[n][1] for n in both])
             tau, low, high = with_interval(kendall, values, truth)
             more, least, most = with_interval(highest_fifth, values, truth)
             print(f"A{stage} {name}: tau {tau:+.2f} [{low:+.2f}, {high:+.2f}], its highest fifth {more:+.2f} "
@@ -166,15 +165,13 @@ def rankings(stage, trained):
 
 
 def table(args):
-    """What the rows say, as text: accuracy on the validation split in %, of networks with training seed 0."""
-    trained = networks.rows(networks.NETWORKS)
+    """What the rows say, as text: accuracy on the validation split in %."""
     for stage in args.stages:
-        lengths(stage, trained)
-        mine = [row for row in trained
-                if (row["stage"], row["epochs"], row["seed"]) == (stage, args.epochs, 0)]
-        if mine:
-            kinds(stage, mine)
-            rankings(stage, mine)
+        lengths(stage, networks.rows(networks.NETWORKS))
+        found = networks.trained(stage, args.epochs)
+        if "random" in found:
+            kinds(stage, found)
+            rankings(stage, found["random"])
 
 
 @flags.command

@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 
 import flops
 from derive import scale
+from results import networks
 from results.compare import EPOCHS, T975, interval
-from results.networks import HERE, NETWORKS, SEARCHES, rows, search_all, train_all
 from space import Arch
 
 # search.py's flags of each way, the curriculum first. The paper gives each stage of a direct search as many
@@ -45,7 +45,7 @@ FIGURES = {"figure5": ("searched", "direct", "naive", "scaling", "random"),
 
 def found(args):
     """[(kind, search seed, Arch), ..]: what the searches have derived for the stages, and A0's scaled up."""
-    every, archs = rows(SEARCHES), []
+    every, archs = networks.rows(networks.SEARCHES), []
     for kind, given in SEARCHED.items():
         archs += [(kind, row["seed"], Arch.from_json(row["arch"])) for row in every
                   if row["flags"] == given and row["seed"] < args.searches and row["stage"] in args.stages]
@@ -61,20 +61,17 @@ def run(args):
     """Search by each way, and train what it derives."""
     for kind, given in SEARCHED.items():
         folder = Path(args.runs) / (kind.replace(" ", "-") if given else "")
-        search_all(range(args.searches), folder, given, args.jobs)
-    train_all([(kind, seed, arch, 0, args.epochs) for kind, seed, arch in found(args)], args)
+        networks.search_all(range(args.searches), folder, given, args.jobs)
+    networks.train_all([(kind, seed, arch, 0, args.epochs) for kind, seed, arch in found(args)], args)
 
 
 def trained(args):
     """{(kind, stage): {number: (MACs in M, accuracy in %)}}; all ways share the A0 of the curriculum."""
-    table = {}
-    for row in rows(NETWORKS):
-        if (row["seed"], row["epochs"]) == (0, args.epochs):
-            point = row["flops"] / 1e6, 100 * row["accuracy"]
-            table.setdefault((row["kind"], row["stage"]), {})[row["number"]] = point
-    for kind in {kind for kind, _ in table} & {*SEARCHED, "scaling"}:
+    table = {(kind, stage): numbers for stage in range(5)
+             for kind, numbers in networks.trained(stage, args.epochs).items()}
+    for kind in {kind for kind, _ in table} & {*SEARCHED, "scaling"} - {"searched"}:
         first = table.get(("searched", 0), {})
-        table[kind, 0] = {n: point for n, point in first.items() if kind == "searched" or n < args.searches}
+        table[kind, 0] = {n: point for n, point in first.items() if n < args.searches}
     return table
 
 
@@ -87,7 +84,7 @@ def text(args):
     """Print a line a way and stage: its accuracy, and by how much the curriculum's is above it. Ways that
     search are compared seed by seed, and over all grown stages by the means of their seeds.
     """
-    table, every = trained(args), rows(SEARCHES)
+    table, every = trained(args), networks.rows(networks.SEARCHES)
     print("mean accuracy +- deviation (n), and the curriculum's less it +- half of the 95 % interval")
     for kind in [*SEARCHED, "scaling", "random"]:
         differences = []                                        # a dict of search seeds a stage
@@ -149,13 +146,13 @@ def main(argv=None):
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="that trains networks (cpu)")
     p.add_argument("--side", type=int, default=1, metavar="N",
                    help="networks that a process trains at a time, side by side on a GPU (1)")
-    p.add_argument("--runs", default=str(HERE / "runs"), help="folder of the searches")
+    p.add_argument("--runs", default=str(networks.HERE / "runs"), help="folder of the searches")
     args = p.parse_args(argv)
     if args.what == "run":
         return run(args)
     text(args)
     for name, kinds in FIGURES.items():
-        picture(kinds, args, HERE / f"{name}.png")
+        picture(kinds, args, networks.HERE / f"{name}.png")
 
 
 if __name__ == "__main__":

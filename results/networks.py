@@ -50,6 +50,19 @@ def add(file, row):
         os.fsync(handle.fileno())
 
 
+def trained(stage, epochs):
+    """{kind: {number: (MACs in M, accuracy in %)}} of a stage's networks trained for so many epochs: the mean
+    of the rows of each, which are several for several training seeds or machines.
+    """
+    found = {}
+    for row in rows(NETWORKS):
+        if (row["stage"], row["epochs"]) == (stage, epochs):
+            points = found.setdefault(row["kind"], {}).setdefault(row["number"], [])
+            points.append((row["flops"] / 1e6, 100 * row["accuracy"]))
+    return {kind: {n: tuple(np.mean(points, 0)) for n, points in numbers.items()}
+            for kind, numbers in found.items()}
+
+
 # ------------------------------------------------------------------ networks that are compared
 
 @functools.cache

@@ -59,7 +59,7 @@ def arch_rows(flags, seeds):
 def test_what_the_ways_derived_is_found_and_a0_is_scaled(monkeypatch):
     every = [*arch_rows([], range(4)), *arch_rows(["--no-grow"], range(2)),
              *arch_rows(["--lr", "1"], range(2))]
-    monkeypatch.setattr(methods, "rows", lambda file: every)
+    monkeypatch.setattr(networks, "rows", lambda file: every)
     found = methods.found(ARGS)
     first, last = ({(kind, seed) for kind, seed, arch in found if arch.stage == stage} for stage in (0, 4))
     assert first == {("searched", n) for n in range(3)}
@@ -75,7 +75,7 @@ def test_ways_are_compared_at_equal_seeds(monkeypatch, capsys, tmp_path):
                 "accuracy": accuracy / 100, "flops": 1_000_000 * (stage + 1)}
     ours = [row("searched", stage, n, 90 + 10 * n % 7) for stage in (0, 1, 4) for n in range(3)]
     theirs = [row("naive", stage, n, 90 + 10 * n % 7 - n - 1) for stage in (1, 4) for n in range(3)]
-    monkeypatch.setattr(methods, "rows", lambda file: ours + theirs if file == networks.NETWORKS else [])
+    monkeypatch.setattr(networks, "rows", lambda file: ours + theirs if file == networks.NETWORKS else [])
     methods.text(ARGS)
     said = capsys.readouterr().out
     assert said.count("+2.00 +- 2.48") == 3 and said.count("naive") == 4         # A1, A4, all; and A0
