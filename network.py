@@ -230,11 +230,14 @@ def read_image(path, arch, crop):
 def predict(network, paths):
     """For each image file yield (path, class name, probability), by a `TrainedNetwork`.
 
-    A folder stands for all image files in it and below. ValueError for a file that is no image.
+    A folder stands for all image files in it and below. ValueError for a file that is no image, and for a
+    folder without one.
     """
     for path in map(Path, paths):
         files = [path] if not path.is_dir() else sorted(
             file for file in path.rglob("*") if file.suffix.lower() in Image.registered_extensions())
+        if not files:
+            raise ValueError(f"{path} holds no image files")
         for file in files:
             image = read_image(file, network.arch, network.facts["crop"]).to(network.normalise.mean.device)
             probability, index = network(image).softmax(1)[0].max(0)

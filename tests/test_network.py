@@ -303,6 +303,9 @@ def test_classes_and_probabilities_of_files_and_folders(file, tmp_path):
     for name in ("folder/notes.txt", "deep.png", "cut.png", "none.png"):
         with pytest.raises(ValueError, match=f"{name} cannot be read as an image"):
             list(predict(network, [tmp_path / name]))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty holds no image files"):
+        list(predict(network, [tmp_path / "empty"]))
 
 
 # Programs
