@@ -113,21 +113,29 @@ def text(args):
 
 @styled
 def picture(kinds, args, path):
-    """Draw accuracy against MACs, a line a way at the means of its stages, one deviation shaded."""
-    table, figure = trained(args), Figure((4.2, 3.0))
+    """Draw accuracy against MACs, a line a way at the means of its stages. One deviation is shaded for the
+    first way, and a bar for the others, which stand side by side.
+    """
+    table, figure = trained(args), Figure((4.6, 3.2))
     axis = figure.subplots()
-    for colour, kind in zip(COLOURS, kinds):
+    for which, (colour, kind) in enumerate(zip(COLOURS, kinds)):
         stages = [stage for stage in range(5) if len(table.get((kind, stage), ())) > 1]
         if not stages:
             continue                                        # nothing is trained yet
         points = [np.array([*table[kind, stage].values()]) for stage in stages]
-        x, y = (np.array([part[:, which].mean() for part in points]) for which in (0, 1))
+        x, y = (np.array([part[:, column].mean() for part in points]) for column in (0, 1))
         spread = np.array([part[:, 1].std(ddof=1) for part in points])
-        n = sorted({len(part) for part in points})
-        count = "n = " + " to ".join(str(each) for each in dict.fromkeys((n[0], n[-1])))
-        axis.plot(x, y, "o-" if kind == "searched" else ".--", color=colour,
-                  label=f"{WORDS[kind]} ({count})")
-        axis.fill_between(x, y - spread, y + spread, color=colour, alpha=0.13, lw=0)
+        counts = sorted({len(part) for part in points})
+        n = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+        label, x = f"{WORDS[kind]} (n = {n})", x + 0.05 * which
+        if which == 0:
+            axis.plot(x, y, "o-", color=colour, label=label)
+            axis.fill_between(x, y - spread, y + spread, color=colour, alpha=0.15, lw=0)
+            for stage, place in zip(stages, x):
+                axis.annotate(f"A{stage}", (place, 1), xycoords=("data", "axes fraction"), ha="center")
+        else:
+            axis.plot(x, y, ".--", color=colour, label=label)
+            axis.errorbar(x, y, spread, color=colour, ls="", elinewidth=0.8)
     axis.set_xlabel("MACs (M)")
     axis.set_ylabel("accuracy (%), mean and one deviation")
     axis.legend(loc="lower right")
