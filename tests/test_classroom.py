@@ -357,7 +357,7 @@ def test_the_experiments_can_be_done():
         if script == "search.py":
             settings.search_parser("").parse_args(shlex.split(argv))
     changes = re.findall(r"[Ii]n `([\w/]+\.py)`\s+change\s+`([^`]+)`", text)
-    assert len(changes) >= 3 and all((ROOT / file).read_text().count(line) == 1 for file, line in changes)
+    assert len(changes) >= 2 and all((ROOT / file).read_text().count(line) == 1 for file, line in changes)
 
 
 @pytest.mark.slow
