@@ -178,7 +178,8 @@ def table(args):
 def main(argv=None):
     p = flags.Parser("compare.py", __doc__)
     p.add_argument("question", choices=("length", "find", "rank", "table"))
-    p.add_argument("--stages", type=int, nargs="+", default=list(range(5)), metavar="K", help="(all)")
+    p.add_argument("--stages", type=int, nargs="+", choices=range(5), default=list(range(5)), metavar="K",
+                   help="(all)")
     p.add_argument("--searches", type=int, default=8, help="search seeds 0, 1, .. (8)")
     p.add_argument("--draws", type=int, default=8, help="random networks a stage (8)")
     p.add_argument("--epochs", type=int, default=EPOCHS, help=f"of a network ({EPOCHS})")

@@ -147,7 +147,8 @@ def picture(kinds, args, path):
 def main(argv=None):
     p = flags.Parser("methods.py", __doc__)
     p.add_argument("what", nargs="?", choices=("run", "draw"), default="draw", help="(draw)")
-    p.add_argument("--stages", type=int, nargs="+", default=list(range(5)), metavar="K", help="(all)")
+    p.add_argument("--stages", type=int, nargs="+", choices=range(5), default=list(range(5)), metavar="K",
+                   help="(all)")
     p.add_argument("--searches", type=int, default=5, help="search seeds 0, 1, .. of each way (5)")
     p.add_argument("--epochs", type=int, default=EPOCHS, help=f"of a network ({EPOCHS})")
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (as many as cores)")
