@@ -14,22 +14,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from machinery import flags
+from machinery import flags, processes
 
 import argparse
 import itertools
-import os
 
 import numpy as np
 
 import flops
 from derive import evaluate_derived, log_probabilities, open_supernet
 from results import networks
-from space import CANDIDATES, Arch
+from space import CANDIDATES
 
 RANKS = networks.HERE / "ranks.jsonl"
-EPOCHS = 3                      # of a network: train.py's default
-EVALUATED = 101                 # what is drawn: with stage and number it seeds a generator
+STATISTICS = 101                # what is drawn, beside networks.DRAWN: batches that measure batch norm
 # Student's t at 97.5 % for 1, 2, .. degrees of freedom, from the usual tables
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
         2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
@@ -48,8 +46,7 @@ def length(args):
 def find(args):
     """All kinds of networks of each stage."""
     networks.search_all(range(args.searches), args.runs, args.flags, args.jobs)
-    found = [(row["seed"], Arch.from_json(row["arch"])) for row in networks.rows(networks.SEARCHES)
-             if row["flags"] == args.flags and row["seed"] < args.searches and row["stage"] in args.stages]
+    found = networks.derived(args.flags, args.searches, args.stages)
     wanted = [("searched", seed, arch) for seed, arch in found]
     for stage in args.stages:
         wanted += [("largest", 0, networks.largest(stage)), ("by hand", 0, networks.by_hand(stage))]
@@ -76,7 +73,8 @@ def rank(args):
         supernet = open_supernet(Path(args.runs) / f"seed{which}", stage)
         for n, arch in enumerate(drawn[stage]):
             if (which, stage, n) not in known:
-                _, accuracy = evaluate_derived(arch, supernet, *networks.loader_of(128), 0, stage, EVALUATED)
+                position = 0, stage, STATISTICS
+                _, accuracy = evaluate_derived(arch, supernet, *networks.loader_of(128), *position)
                 networks.add(RANKS, {"search": which, "stage": stage, "number": n, "accuracy": accuracy,
                                      "log_likelihood": log_likelihood(arch, supernet)})
     networks.train_all([("random", n, arch, 0, args.epochs) for stage in args.stages
@@ -166,8 +164,9 @@ def rankings(stage, drawn):
 
 def table(args):
     """What the rows say, as text: accuracy on the validation split in %."""
+    every = networks.rows(networks.NETWORKS)
     for stage in args.stages:
-        lengths(stage, networks.rows(networks.NETWORKS))
+        lengths(stage, every)
         found = networks.trained(stage, args.epochs)
         if "random" in found:
             kinds(stage, found)
@@ -176,20 +175,12 @@ def table(args):
 
 @flags.command
 def main(argv=None):
-    p = flags.Parser("compare.py", __doc__)
+    p = networks.parser("compare.py", __doc__, searches=8)
     p.add_argument("question", choices=("length", "find", "rank", "table"))
-    p.add_argument("--stages", type=int, nargs="+", choices=range(5), default=list(range(5)), metavar="K",
-                   help="(all)")
-    p.add_argument("--searches", type=int, default=8, help="search seeds 0, 1, .. (8)")
     p.add_argument("--draws", type=int, default=8, help="random networks a stage (8)")
-    p.add_argument("--epochs", type=int, default=EPOCHS, help=f"of a network ({EPOCHS})")
-    p.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (as many as cores)")
-    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="that trains networks (cpu)")
-    p.add_argument("--side", type=int, default=1, metavar="N",
-                   help="networks that a process trains at a time, side by side on a GPU (1)")
-    p.add_argument("--runs", default=str(networks.HERE / "runs"), help="folder of the searches")
     p.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="all that follows goes to search.py")
     args = p.parse_args(argv)
+    processes.choose_device(args.device)                        # refused here, and not after the searches
     {"length": length, "find": find, "rank": rank, "table": table}[args.question](args)
 
 

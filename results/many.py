@@ -12,8 +12,6 @@ import torch.nn.functional as F
 import data
 import train
 from derive import RECALIBRATION, evaluate, recalibrate
-from network import Network
-from ops import initialise
 
 WARM = 3                        # steps before one is captured: those that begin momentum, and choose kernels
 
@@ -68,12 +66,10 @@ def train_many(archs, args, loader, parts):
     stage, device = archs[0].stage, loader.device
     steps = args.epochs * (len(parts[0]) // loader.batch_size)
     x, y = all_batches(loader, parts[0], args.seed, stage, steps)
-    networks = [*map(Network, archs)]
-    for network in networks:
-        initialise(network, data.generator(args.seed, stage, train.INITIAL))
-        network.to(device)
+    networks = [train.initial(arch, args).to(device) for arch in archs]
     each = [training_step(network, args, loader, x, y) for network in networks]
     if device.type == "cuda":
+        torch.cuda.synchronize()                        # batches and weights are there, for other streams
         streams = [torch.cuda.Stream() for _ in each]
         graphs = [captured(step, stream) for step, stream in zip(each, streams)]
         for _ in range(WARM, steps):

@@ -11,10 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from machinery import flags
+from machinery import flags, processes
 from machinery.pictures import COLOURS, save, styled
-
-import os
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -22,8 +20,7 @@ from matplotlib.figure import Figure
 import flops
 from derive import scale
 from results import networks
-from results.compare import EPOCHS, T975, interval
-from space import Arch
+from results.compare import T975, interval
 
 # search.py's flags of each way, the curriculum first. The paper gives each stage of a direct search as many
 # epochs as A0; all others have the same epochs.
@@ -45,16 +42,12 @@ FIGURES = {"figure5": ("searched", "direct", "naive", "scaling", "random"),
 
 def found(args):
     """[(kind, search seed, Arch), ..]: what the searches have derived for the stages, and A0's scaled up."""
-    every, archs = networks.rows(networks.SEARCHES), []
+    grown, archs = [stage for stage in args.stages if stage], []
     for kind, given in SEARCHED.items():
-        archs += [(kind, row["seed"], Arch.from_json(row["arch"])) for row in every
-                  if row["flags"] == given and row["seed"] < args.searches and row["stage"] in args.stages]
-    for row in every:
-        if row["flags"] == [] and row["stage"] == 0 and row["seed"] < args.searches:
-            base = Arch.from_json(row["arch"])
-            archs += [("scaling", row["seed"], scale(base, stage, flops.TARGETS["small"][stage]))
-                      for stage in args.stages]
-    return [each for each in archs if each[2].stage or each[0] == "searched"]
+        stages = grown if given else args.stages                        # of A0 there is one for all
+        archs += [(kind, seed, arch) for seed, arch in networks.derived(given, args.searches, stages)]
+    return archs + [("scaling", seed, scale(base, stage, flops.TARGETS["small"][stage]))
+                    for seed, base in networks.derived([], args.searches, [0]) for stage in grown]
 
 
 def run(args):
@@ -145,18 +138,10 @@ def picture(kinds, args, path):
 
 @flags.command
 def main(argv=None):
-    p = flags.Parser("methods.py", __doc__)
+    p = networks.parser("methods.py", __doc__, searches=5)
     p.add_argument("what", nargs="?", choices=("run", "draw"), default="draw", help="(draw)")
-    p.add_argument("--stages", type=int, nargs="+", choices=range(5), default=list(range(5)), metavar="K",
-                   help="(all)")
-    p.add_argument("--searches", type=int, default=5, help="search seeds 0, 1, .. of each way (5)")
-    p.add_argument("--epochs", type=int, default=EPOCHS, help=f"of a network ({EPOCHS})")
-    p.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (as many as cores)")
-    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="that trains networks (cpu)")
-    p.add_argument("--side", type=int, default=1, metavar="N",
-                   help="networks that a process trains at a time, side by side on a GPU (1)")
-    p.add_argument("--runs", default=str(networks.HERE / "runs"), help="folder of the searches")
     args = p.parse_args(argv)
+    processes.choose_device(args.device)                        # refused here, and not after the searches
     if args.what == "run":
         return run(args)
     text(args)

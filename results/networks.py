@@ -3,7 +3,8 @@
 A finished network is a row of networks.jsonl, a finished search a row a stage of searches.jsonl; what has a
 row is not done again, so that any call goes on where the last one ended.
 """
-from machinery import processes, settings
+from machinery import flags, processes, settings
+from machinery.results import reading
 from machinery.run import Run
 
 import contextlib
@@ -25,8 +26,6 @@ import search
 import train
 from budget import cheapest_ends
 from derive import evaluate, space_costs
-from network import Network
-from ops import initialise
 from results.many import train_many
 from space import CANDIDATES, SPACES, Arch
 from supernet import SuperNet
@@ -34,11 +33,28 @@ from supernet import SuperNet
 HERE = Path(__file__).parent
 NETWORKS, SEARCHES = HERE / "networks.jsonl", HERE / "searches.jsonl"
 DRAWN = 100                     # what is drawn: with stage and number it seeds a generator
+EPOCHS = 3                      # of a network: train.py's default
+
+
+def parser(name, description, searches):
+    """The flags that compare.py and methods.py have in common; searches: how many by default."""
+    p = flags.Parser(name, description)
+    p.add_argument("--stages", type=int, nargs="+", choices=range(5), default=list(range(5)), metavar="K",
+                   help="(all)")
+    p.add_argument("--searches", type=int, default=searches, help=f"search seeds 0, 1, .. ({searches})")
+    p.add_argument("--epochs", type=int, default=EPOCHS, help=f"of a network ({EPOCHS})")
+    p.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (as many as cores)")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="that trains networks (cpu)")
+    p.add_argument("--side", type=int, default=1, metavar="N",
+                   help="networks that a process trains at a time, side by side on a GPU (1)")
+    p.add_argument("--runs", default=str(HERE / "runs"), help="folder of the searches")
+    return p
 
 
 def rows(file):
-    """The rows of a .jsonl file, none if it is not there."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    """The rows of a .jsonl file, none if it is not there. Refused if they are none."""
+    with reading(file):
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def add(file, row):
@@ -48,6 +64,12 @@ def add(file, row):
         handle.write(json.dumps(row) + "\n")
         handle.flush()
         os.fsync(handle.fileno())
+
+
+def derived(flags_of_search, searches, stages):
+    """[(search seed, Arch), ..]: what the first searches with these flags derived for the stages."""
+    return [(row["seed"], Arch.from_json(row["arch"])) for row in rows(SEARCHES)
+            if row["flags"] == flags_of_search and row["seed"] < searches and row["stage"] in stages]
 
 
 def trained(stage, epochs):
@@ -150,14 +172,9 @@ def training_arguments(arch, seed, epochs, device):
     return train.completed(settings.train_parser(None).parse_args(argv), arch, f"A{arch.stage}", device)
 
 
-def train_network(arch, seed, epochs):
-    """The accuracy of an `Arch` trained by train.py's own loop, with a seed and for so many epochs."""
-    device = torch.device("cpu")
-    args = training_arguments(arch, seed, epochs, device)
-    loader, parts = loader_of(args.batch_size)
-    network = Network(arch)
-    initialise(network, data.generator(seed, arch.stage, train.INITIAL))
-    run = Run(None, {}, device, most_skipped=0)
+def train_one(arch, args, loader, parts):
+    """The accuracy on `parts`[1] of an `Arch` trained on `parts`[0], by train.py's own loop."""
+    run, network = Run(None, {}, loader.device, most_skipped=0), train.initial(arch, args)
     with contextlib.redirect_stdout(None):              # it has a line when it has ended
         train.train(network, arch.stage, loader, parts[0], lambda network: math.nan, args, run)
     return evaluate(network, loader, parts[1])
@@ -172,11 +189,12 @@ def add_networks(given):
     for part in parts:
         kinds, numbers, archs, (seed, *_), (epochs, *_) = zip(*part)
         archs, clock = [*map(Arch.from_json, archs)], time.perf_counter()
+        args = training_arguments(archs[0], seed, epochs, torch.device(device))
+        loader, split = loader_of(args.batch_size, device)
         if device == "cpu":
-            accuracies = [train_network(arch, seed, epochs) for arch in archs]
+            accuracies = [train_one(arch, args, loader, split) for arch in archs]
         else:
-            args = training_arguments(archs[0], seed, epochs, torch.device(device))
-            accuracies = train_many(archs, args, *loader_of(args.batch_size, device))
+            accuracies = train_many(archs, args, loader, split)
         seconds = (time.perf_counter() - clock) / len(archs)
         for kind, number, arch, accuracy in zip(kinds, numbers, archs, accuracies):
             add(NETWORKS, {"kind": kind, "number": number, "stage": arch.stage, "seed": seed,

@@ -39,9 +39,9 @@ def test_side_by_side_networks_learn_what_trains_own_loop_teaches(small, monkeyp
     ends, archs = [], networks.random_networks(1, 2)
     for module in (networks, many):
         monkeypatch.setattr(module, "evaluate", lambda network, *given: ends.append(network) or 0.5)
-    for arch in archs:
-        networks.train_network(arch, 1, 2)
     args = networks.training_arguments(archs[0], 1, 2, torch.device("cpu"))
+    for arch in archs:
+        networks.train_one(arch, args, *small)
     assert many.train_many(archs, args, *small) == [0.5, 0.5]
     for one, other in zip(ends[:2], ends[2:]):
         for (name, a), b in zip(one.state_dict().items(), other.state_dict().values()):
