@@ -77,8 +77,8 @@ def rank(args):
                 _, accuracy = evaluate_derived(arch, supernet, *networks.loader_of(128), *position)
                 networks.add(RANKS, {"search": which, "stage": stage, "number": n, "accuracy": accuracy,
                                      "log_likelihood": log_likelihood(arch, supernet)})
-    networks.train_all([("random", n, arch, 0, args.epochs) for stage in args.stages
-                        for n, arch in enumerate(drawn[stage])], args)
+    networks.train_all([("random", n, arch, seed, args.epochs) for stage in args.stages
+                        for n, arch in enumerate(drawn[stage]) for seed in range(args.seeds)], args)
 
 
 # ------------------------------------------------------------------ what the rows say
@@ -178,6 +178,7 @@ def main(argv=None):
     p = networks.parser("compare.py", __doc__, searches=8)
     p.add_argument("question", choices=("length", "find", "rank", "table"))
     p.add_argument("--draws", type=int, default=8, help="random networks a stage (8)")
+    p.add_argument("--seeds", type=int, default=1, help="of training, for rank (1)")
     p.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="all that follows goes to search.py")
     args = p.parse_args(argv)
     processes.choose_device(args.device)                        # refused here, and not after the searches

@@ -41,13 +41,18 @@ FIGURES = {"figure5": ("searched", "direct", "naive", "scaling", "random"),
 
 
 def found(args):
-    """[(kind, search seed, Arch), ..]: what the searches have derived for the stages, and A0's scaled up."""
+    """[(kind, search seed, Arch), ..]: what the searches have derived for the stages, and A0's scaled up;
+    and as many random networks of A0's space scaled up.
+    """
     grown, archs = [stage for stage in args.stages if stage], []
     for kind, given in SEARCHED.items():
         stages = grown if given else args.stages                        # of A0 there is one for all
         archs += [(kind, seed, arch) for seed, arch in networks.derived(given, args.searches, stages)]
-    return archs + [("scaling", seed, scale(base, stage, flops.TARGETS["small"][stage]))
-                    for seed, base in networks.derived([], args.searches, [0]) for stage in grown]
+    bases = [("scaling", seed, base) for seed, base in networks.derived([], args.searches, [0])]
+    drawn = networks.random_networks(0, args.searches)
+    bases += [("random scaled", n, base) for n, base in enumerate(drawn)]
+    return archs + [(kind, n, scale(base, stage, flops.TARGETS["small"][stage]))
+                    for kind, n, base in bases for stage in grown]
 
 
 def run(args):
@@ -79,7 +84,7 @@ def text(args):
     """
     table, every = trained(args), networks.rows(networks.SEARCHES)
     print("mean accuracy +- deviation (n), and the curriculum's less it +- half of the 95 % interval")
-    for kind in [*SEARCHED, "scaling", "random"]:
+    for kind in [*SEARCHED, "scaling", "random scaled", "random"]:
         differences = []                                        # a dict of search seeds a stage
         for stage in args.stages:
             points, ours = table.get((kind, stage), {}), table.get(("searched", stage), {})
@@ -87,7 +92,7 @@ def text(args):
                 continue
             accuracies = [accuracy for _, accuracy in points.values()]
             line = f"A{stage} {kind:16} {np.mean(accuracies):.2f} +- {np.std(accuracies, ddof=1):.2f}"
-            if kind == "random":
+            if kind.startswith("random"):
                 difference, half = interval([accuracy for _, accuracy in ours.values()], accuracies)
                 line += f" ({len(points)})  {difference:+.2f} +- {half:.2f}"
             elif kind != "searched" and stage:

@@ -63,9 +63,12 @@ def test_what_the_ways_derived_is_found_and_a0_is_scaled(monkeypatch):
     found = methods.found(ARGS)
     first, last = ({(kind, seed) for kind, seed, arch in found if arch.stage == stage} for stage in (0, 4))
     assert first == {("searched", n) for n in range(3)}
-    assert last == {*first, *(("scaling", n) for n in range(3)), ("no growth", 0), ("no growth", 1)}
-    scaled = next(arch for kind, _, arch in found if kind == "scaling" and arch.stage == 4)
-    assert scaled == scale(networks.by_hand(0), 4, flops.TARGETS["small"][4])
+    ways = {*first, ("no growth", 0), ("no growth", 1)}
+    assert last == ways | {(kind, n) for kind in ("scaling", "random scaled") for n in range(3)}
+    scaled = {kind: arch for kind, _, arch in found if arch.stage == 4}                 # the last of a kind
+    bases = {"scaling": networks.by_hand(0), "random scaled": networks.random_networks(0, 3)[2]}
+    for kind, base in bases.items():
+        assert scaled[kind] == scale(base, 4, flops.TARGETS["small"][4])
 
 
 def test_ways_are_compared_at_equal_seeds(monkeypatch, capsys, tmp_path):
