@@ -4,7 +4,6 @@ Tables 1 and 5-8 (the spaces A0..A4) and Table 2 (the eight candidates) are copi
 `SPACES` holds them read: a `Space` is a chain of `Block`s, each with the options that the search chooses
 from. An `Arch` is one network: a chain of choices that were made.
 """
-import itertools
 import json
 import math
 from typing import NamedTuple
@@ -193,34 +192,9 @@ def read(table, name, stage):
     return Space(name, stage, resolution, stem, head, tuple(blocks))
 
 
-def check_growth(small, large):
-    """ValueError unless `large` only adds options to `small`, so that a supernet can grow."""
-    if (small.stem, small.head) != (large.stem, large.head):
-        raise ValueError(f"{large.name} A{large.stage}: stem and head may not change from A{small.stage}")
-    grown = {(b.row, b.place): b for b in large.blocks}
-    for old in small.blocks:
-        new, where = grown.get((old.row, old.place)), f"{large.name} A{large.stage}, row {old.row + 2}"
-        if new is None:
-            raise ValueError(f"{where}: has fewer blocks than in A{small.stage}")
-        for what in ("expansions", "widths"):
-            before, after = getattr(old, what), getattr(new, what)
-            if after[:len(before)] != before:
-                raise ValueError(f"{where}: {what} {after} do not begin with {before} of A{small.stage}")
-        if (old.stride, old.expand) != (new.stride, new.expand):
-            raise ValueError(f"{where}: stride and expand convolution may not change from A{small.stage}")
-    if large.blocks[-1].row > small.blocks[-1].row:
-        raise ValueError(f"{large.name} A{large.stage}, row {small.blocks[-1].row + 3}: is no row of "
-                         f"A{small.stage}; rows may get blocks, but there may be no new ones")
-
-
-def _load(name, tables):
-    stages = tuple(read(table, name, stage) for stage, table in enumerate(tables))
-    for small, large in itertools.pairwise(stages):
-        check_growth(small, large)
-    return stages
-
-
-SPACES = {"paper": _load("paper", PAPER), "small": _load("small", SMALL)}
+# A stage only adds options to the one before, so that a supernet can grow (tests/test_space.py).
+SPACES = {name: tuple(read(table, name, stage) for stage, table in enumerate(tables))
+          for name, tables in (("paper", PAPER), ("small", SMALL))}
 
 
 class ArchBlock(NamedTuple):
