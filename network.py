@@ -10,10 +10,8 @@ A trained network is one file. It holds what its weights mean: architecture, nor
         print(f"{path}: {name}, {probability:.1%}")
 """
 import argparse
-import contextlib
 import functools
 import json
-import os
 import pickle
 import struct
 import zipfile
@@ -154,20 +152,6 @@ class TrainedNetwork(nn.Module):
         return self.network(self.normalise(image))
 
 
-@contextlib.contextmanager
-def whole(path):
-    """Yield the path of a temporary file, which becomes `path` if no exception is raised, else is deleted."""
-    path = Path(path)
-    temporary = path.with_name(f"part.{path.name}")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save(file, network, statistics, classes, accuracy, trained_on, crop=1.0):
     """Write a trained `Network` to `file`, a path or a binary file, as what `load` reads.
 
@@ -180,8 +164,7 @@ def save(file, network, statistics, classes, accuracy, trained_on, crop=1.0):
     facts = {"arch": network.arch.to_json(), "mean": mean, "std": std, "classes": list(classes), "crop": crop,
              "accuracy": accuracy, "trained_on": json.loads(json.dumps(trained_on))}
     TrainedNetwork(facts)
-    with contextlib.nullcontext(file) if hasattr(file, "write") else whole(file) as target:
-        torch.save({"facts": facts, "weights": network.state_dict()}, target)
+    torch.save({"facts": facts, "weights": network.state_dict()}, file)
 
 
 def load(path):

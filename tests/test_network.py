@@ -235,14 +235,6 @@ def test_a_file_that_does_not_fit_itself_is_refused_and_leaves_none(file, tmp_pa
         load(tmp_path / "none")
 
 
-def test_what_cannot_be_written_whole_leaves_what_was_there(file, tmp_path, monkeypatch):
-    path = shutil.copy(file, tmp_path)
-    monkeypatch.setattr(torch, "save", lambda content, target: (Path(target).write_bytes(b"half"), 1 / 0))
-    with pytest.raises(ZeroDivisionError):
-        save(path, trained(), **FACTS)
-    assert os.listdir(tmp_path) == [file.name] and Path(path).read_bytes() == file.read_bytes()
-
-
 @pytest.mark.parametrize("as_script", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_two_files_in_an_empty_folder_are_enough(as_script, file, tmp_path):
     """The examples of network.py run from another folder, with no other file of the project in reach."""
