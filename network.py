@@ -117,18 +117,6 @@ torch.fx.wrap("check")                      # FX, which cannot trace their branc
 torch.fx.wrap("scaled")
 
 
-class Normalise(nn.Module):
-    """Pixels (B, C, H, W), uint8 in 0..255 or floating point in [0, 1] -> (pixel - mean) / std, floats."""
-
-    def __init__(self, mean, std):
-        super().__init__()
-        for name, values in (("mean", mean), ("std", std)):
-            self.register_buffer(name, 255 * torch.as_tensor(values, dtype=torch.float32).view(-1, 1, 1))
-
-    def forward(self, image):
-        return (scaled(image, self.mean) - self.mean) / self.std
-
-
 class TrainedNetwork(nn.Module):
     """A trained `Network` behind its normalisation: image (B, C, R, R) -> logits (B, classes).
 
@@ -143,13 +131,14 @@ class TrainedNetwork(nn.Module):
                        ("std", self.arch.in_channels)):
             if len(facts[key]) != n:
                 raise ValueError(f"{key} has {len(facts[key])} values, but the network needs {n}")
-        self.normalise = Normalise(facts["mean"], facts["std"])
+        for name in ("mean", "std"):                                    # (C, 1, 1), of pixels in 0..255
+            self.register_buffer(name, 255 * torch.as_tensor(facts[name], dtype=torch.float32).view(-1, 1, 1))
         self.network = Network(self.arch)
 
     def forward(self, image):
         if not (torch.jit.is_scripting() or torch.compiler.is_compiling()):
             check(image, self.arch)
-        return self.network(self.normalise(image))
+        return self.network((scaled(image, self.mean) - self.mean) / self.std)
 
 
 def save(file, network, statistics, classes, accuracy, trained_on, crop=1.0):
@@ -222,7 +211,7 @@ def predict(network, paths):
         if not files:
             raise ValueError(f"{path} holds no image files")
         for file in files:
-            image = read_image(file, network.arch, network.facts["crop"]).to(network.normalise.mean.device)
+            image = read_image(file, network.arch, network.facts["crop"]).to(network.mean.device)
             probability, index = network(image).softmax(1)[0].max(0)
             yield file, network.classes[index], float(probability)
 
