@@ -19,6 +19,7 @@ import zlib
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
 from torchvision.ops import Conv2dNormActivation, SqueezeExcitation
@@ -35,17 +36,6 @@ BROKEN = (AttributeError, EOFError, LookupError, OverflowError, RuntimeError, Ty
 conv = functools.partial(Conv2dNormActivation, inplace=None)            # hooks see what each layer computed
 
 
-class Cut(nn.Module):
-    """x (B, i, H, W) -> its first channels (B, channels, H, W)."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.channels = channels
-
-    def forward(self, x):
-        return x[:, :self.channels]
-
-
 class InvertedResidual(nn.Module):
     """A block of an `Arch`: one candidate of Table 2, and its residual. x (B, i, H, W) -> (B, o, H', W')."""
 
@@ -58,14 +48,17 @@ class InvertedResidual(nn.Module):
         self.squeeze_excite = (SqueezeExcitation(hidden, round8(hidden / 4), scale_activation=nn.Hardsigmoid)
                                if se else nn.Identity())
         self.project = conv(hidden, outputs, 1, activation_layer=None)
-        self.shortcut = None
-        if block.residual:                                              # at the width of the output
-            self.shortcut = (nn.Identity() if inputs == outputs else Cut(outputs) if inputs > outputs else
-                             nn.ZeroPad3d((0, 0, 0, 0, 0, outputs - inputs)))           # of (C, H, W)
+        self.residual, self.outputs, self.wider = block.residual, outputs, outputs - inputs
 
     def forward(self, x):
         y = self.project(self.squeeze_excite(self.depthwise(self.expand(x))))
-        return y if self.shortcut is None else y + self.shortcut(x)
+        if not self.residual:
+            return y
+        if self.wider > 0:
+            x = F.pad(x, (0, 0, 0, 0, 0, self.wider))                   # channels of zeros
+        elif self.wider < 0:
+            x = x[:, :self.outputs]
+        return y + x
 
 
 class Network(nn.Module):
