@@ -74,8 +74,8 @@ def grow(supernet, space, generator=None, widen="eq3"):
     grown.to(classifier.weight.dtype)
     old_blocks = {(b.block.row, b.block.place): b for b in supernet.blocks}
     f_row = torch.arange(space.stem)                                   # the map of the channels that come in
-    copy_layer(supernet.stem, grown.stem, f_row, torch.arange(grown.stem.in_channels), generator, widen)
-    copy_norm(supernet.stem_norm, grown.stem_norm, f_row, widen)
+    copy_layer(supernet.stem, grown.stem, widen, f_row, torch.arange(grown.stem.in_channels), generator)
+    copy_layer(supernet.stem_norm, grown.stem_norm, widen, f_row)
     for n, new in enumerate(grown.blocks):
         row, place = new.block.row, new.block.place
         f_in = f_row
@@ -93,8 +93,8 @@ def grow(supernet, space, generator=None, widen="eq3"):
             if widen != "naive":
                 identity(new.layers, widen, generator)
     f_head = torch.arange(space.head)
-    copy_layer(supernet.head, grown.head, f_head, f_row, generator, widen)
-    copy_norm(supernet.head_norm, grown.head_norm, f_head, widen)
+    copy_layer(supernet.head, grown.head, widen, f_head, f_row, generator)
+    copy_layer(supernet.head_norm, grown.head_norm, widen, f_head)
     grown.classifier.load_state_dict(classifier.state_dict())
     return grown.to(classifier.weight.device).train(supernet.training)
 
@@ -105,38 +105,28 @@ def widen_layers(old, new, f_in, f_out, generator, widen):
         f_hidden = f_in                                        # no expand convolution: hidden is the input
     else:
         f_hidden = channel_map(old.expand.out_channels, new.expand.out_channels, generator)
-        copy_layer(old.expand, new.expand, f_hidden, f_in, generator, widen)
-        copy_norm(old.norm1, new.norm1, f_hidden, widen)
-    copy_layer(old.depthwise, new.depthwise, f_hidden, torch.arange(1), generator, widen)
-    copy_norm(old.norm2, new.norm2, f_hidden, widen)
+        copy_layer(old.expand, new.expand, widen, f_hidden, f_in, generator)
+        copy_layer(old.norm1, new.norm1, widen, f_hidden)
+    copy_layer(old.depthwise, new.depthwise, widen, f_hidden, torch.arange(1), generator)
+    copy_layer(old.norm2, new.norm2, widen, f_hidden)
     f_squeeze = channel_map(old.squeeze.out_channels, new.squeeze.out_channels, generator)
-    copy_layer(old.squeeze, new.squeeze, f_squeeze, f_hidden, generator, widen)
-    copy_layer(old.excite, new.excite, f_hidden, f_squeeze, generator, widen)
-    copy_layer(old.project, new.project, f_out, f_hidden, generator, widen)
-    copy_norm(old.norm3, new.norm3, f_out, widen)
+    copy_layer(old.squeeze, new.squeeze, widen, f_squeeze, f_hidden, generator)
+    copy_layer(old.excite, new.excite, widen, f_hidden, f_squeeze, generator)
+    copy_layer(old.project, new.project, widen, f_out, f_hidden, generator)
+    copy_layer(old.norm3, new.norm3, widen, f_out)
 
 
-def copy_layer(old, new, f_out, f_in, generator, widen):
-    """One convolution, old -> new: its filters are produced by the map f_out and consume by the map f_in."""
-    if widen == "naive":
-        o, i = old.weight.shape[:2]
-        new.weight[:o, :i] = old.weight
-        if old.bias is not None:
-            new.bias[:o] = old.bias
-        return
-    new.weight.copy_(consume(produce(old.weight.cpu(), f_out), f_in, widen, generator))
-    if old.bias is not None:
-        new.bias.copy_(produce(old.bias.cpu(), f_out))
-
-
-def copy_norm(old, new, f, widen):
-    """One batch norm, old -> new: weight and bias travel with their channel."""
-    for name in ("weight", "bias"):
-        before, after = getattr(old, name).cpu(), getattr(new, name)
+def copy_layer(old, new, widen, f_out, f_in=None, generator=None):
+    """One convolution or batch norm, old -> new: its tensors are produced by the map f_out, and filters also
+    consume by the map f_in.
+    """
+    for before, after in zip(old.parameters(), new.parameters(), strict=True):
+        before = before.cpu()
         if widen == "naive":
-            after[:len(before)] = before
+            after[tuple(map(slice, before.shape[:2]))] = before
         else:
-            after.copy_(produce(before, f))
+            before = produce(before, f_out)
+            after.copy_(before if before.dim() == 1 else consume(before, f_in, widen, generator))
 
 
 def identity(layers, widen, generator):  # task 3.4
