@@ -61,6 +61,15 @@ def fail(sentence):
     raise AssertionError(sentence)
 
 
+def drawn_from_the_generator(what, draw):
+    """Fail unless draw(generator), a tensor, repeats with an equal generator, and differs with another."""
+    torch.manual_seed(1)
+    one = draw(seeded(7))
+    torch.manual_seed(2)
+    expect(f"{what}, drawn again with the same generator", draw(seeded(7)), one)
+    expect(f"{what}: whether another generator draws the same", torch.equal(draw(seeded(8)), one), False)
+
+
 def planes(*values):
     """One image of a pixel, a channel for each value: (1, channels, 1, 1)."""
     return torch.tensor(values).view(1, -1, 1, 1)
@@ -287,17 +296,11 @@ def test_task_2_2_gates_are_of_the_perturbed_logits():
 
 def test_task_2_2_all_randomness_is_the_generators():
     net = alike()
-    torch.manual_seed(1)
-    one, other = net.sample(1.0, seeded(5)), net.sample(1.0, seeded(6))
-    torch.manual_seed(2)
-    again = net.sample(1.0, seeded(5))
-    for a, b in zip(one, again):
-        expect("the options, drawn again with the same generator", [d.options for d in b.values()],
-               [d.options for d in a.values()])
-        expect("the gates, drawn again with the same generator", torch.cat([d.gates for d in b.values()]),
-               torch.cat([d.gates for d in a.values()]))
-    expect("whether another generator draws the same",
-           all(a[name].options == b[name].options for a, b in zip(one, other) for name in a), False)
+
+    def draws(generator):
+        return [draw for block in net.sample(1.0, generator) for draw in block.values()]
+    drawn_from_the_generator("the options", lambda g: torch.tensor([n for d in draws(g) for n in d.options]))
+    drawn_from_the_generator("the gates", lambda g: torch.cat([d.gates for d in draws(g)]))
 
 
 def test_task_2_2_the_temperature_divides():
@@ -412,13 +415,7 @@ def test_task_3_1_new_channels_are_random():
 
 
 def test_task_3_1_all_randomness_is_the_generators():
-    torch.manual_seed(1)
-    one = grow.channel_map(50, 100, seeded(7))
-    torch.manual_seed(2)
-    expect("channel_map(50, 100), drawn again with the same generator",
-           grow.channel_map(50, 100, seeded(7)), one)
-    expect("whether another generator draws the same",
-           torch.equal(grow.channel_map(50, 100, seeded(8)), one), False)
+    drawn_from_the_generator("channel_map(50, 100)", lambda g: grow.channel_map(50, 100, g))
 
 
 # ---- 3.2 produce
@@ -481,13 +478,7 @@ def test_task_3_3_kernels_and_their_dtype():
 
 
 def test_task_3_3_all_randomness_is_the_generators():
-    torch.manual_seed(1)
-    one = grow.consume(torch.ones(2, 2), MAP, "split", seeded(7))
-    torch.manual_seed(2)
-    expect("the shares, drawn again with the same generator",
-           grow.consume(torch.ones(2, 2), MAP, "split", seeded(7)), one)
-    expect("whether another generator draws the same",
-           torch.equal(grow.consume(torch.ones(2, 2), MAP, "split", seeded(8)), one), False)
+    drawn_from_the_generator("the shares", lambda g: grow.consume(torch.ones(2, 2), MAP, "split", g))
 
 
 # ---- 3.4 identity
