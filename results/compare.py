@@ -1,6 +1,5 @@
 """Does the search find? Searched networks beside random ones of the same MACs, all trained alike.
 
-    python results/compare.py length          # how long a training tells networks apart, and not seeds
     python results/compare.py find            # searched, random, largest and by-hand networks of A0..A4
     python results/compare.py rank            # does the supernet rank networks as training does?
     python results/compare.py table           # what the rows say: means, intervals, Kendall's tau
@@ -35,13 +34,6 @@ T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
 
 
 # ------------------------------------------------------------------ the questions
-
-def length(args):
-    """For 6 random networks a stage and 3 seeds: the deviation between networks beside that between seeds."""
-    networks.train_all([("random", n, arch, seed, epochs) for epochs in (3, 6, 10, 20)
-                        for stage in args.stages for n, arch in enumerate(networks.random_networks(stage, 6))
-                        for seed in range(3)], args)
-
 
 def find(args):
     """All kinds of networks of each stage."""
@@ -114,7 +106,9 @@ def with_interval(statistic, rankings, truth, resamples=2000):
 
 
 def lengths(stage, trained):
-    """Print how long to train: deviation between networks' means, and between seeds of a network."""
+    """Print how long to train: deviation between networks' means, and between seeds of a network, of which
+    `rank --searches 0 --draws 6 --seeds 3 --epochs 10` trains three.
+    """
     for epochs in (3, 6, 10, 20):
         by = {}
         for row in trained:
@@ -176,13 +170,13 @@ def table(args):
 @flags.command
 def main(argv=None):
     p = networks.parser("compare.py", __doc__, searches=8)
-    p.add_argument("question", choices=("length", "find", "rank", "table"))
+    p.add_argument("question", choices=("find", "rank", "table"))
     p.add_argument("--draws", type=int, default=8, help="random networks a stage (8)")
     p.add_argument("--seeds", type=int, default=1, help="of training, for rank (1)")
     p.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="all that follows goes to search.py")
     args = p.parse_args(argv)
     processes.choose_device(args.device)                        # refused here, and not after the searches
-    {"length": length, "find": find, "rank": rank, "table": table}[args.question](args)
+    {"find": find, "rank": rank, "table": table}[args.question](args)
 
 
 if __name__ == "__main__":
