@@ -177,7 +177,7 @@ def finish_stage(run, out, arch, accuracy, supernet=None):
            "seconds": seconds, "device_hours": hours, "kwh": kwh, "co2e_lb": co2e}
     run.state["summary"] = [*run.state["summary"][:stage], row]
     if supernet is not None:
-        processes.save_checkpoint(out / f"A{stage}.pt", supernet.state_dict())
+        processes.write(out / f"A{stage}.pt", supernet.state_dict())
     processes.write(out / f"A{stage}.json", arch.to_json())
     processes.write(out / "summary.json", json.dumps(run.state["summary"], indent=1) + "\n")
     right = "" if accuracy is None else f", {100 * accuracy:.1f} % right on the validation split"

@@ -83,15 +83,9 @@ def choose_device(name):
 
 
 def write(path, content):
-    """Rank 0 writes a text or bytes to `path`, whole or not at all."""
+    """Rank 0 writes a text, bytes or a checkpoint, a dict, to `path`, whole or not at all."""
     if rank() == 0:
-        files.write(path, content)
-
-
-def save_checkpoint(path, checkpoint):
-    """Rank 0 writes a dict to `path`, whole or not at all; it loads with weights_only=True."""
-    if rank() == 0:
-        files.write(path, files.pack(checkpoint))
+        files.write(path, files.pack(content) if isinstance(content, dict) else content)
 
 
 def all_reduce_mean(parameters, *values):

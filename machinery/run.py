@@ -184,5 +184,5 @@ class Run:
             processes.write(self.log_path, "".join(json.dumps(row) + "\n" for row in self.state["rows"]))
         if self.checkpoint_path:
             states = {name: value.state_dict() for name, value in self.objects.items()}
-            processes.save_checkpoint(self.checkpoint_path, {"version": VERSION, "settings": self.settings}
-                                      | self.state | states)
+            processes.write(self.checkpoint_path, {"version": VERSION, "settings": self.settings}
+                            | self.state | states)
