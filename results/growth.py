@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from machinery import flags, settings
 from machinery.files import Refused
-from machinery.pictures import COLOURS, save, styled
+from machinery.pictures import COLOURS, positions, save, styled
 
 import copy
 
@@ -37,31 +37,26 @@ NETWORKS, IMAGES = 50, 2000
 WAYS = ("before", *WIDENINGS, "random", "trained", "bypassed")
 
 
-def places(space):
-    """Where each block of a space stands: (row, place)."""
-    return [(block.row, block.place) for block in space.blocks]
-
-
 def drawn(small, large, n):
     """Network number n, for both spaces: options of the small one's blocks, and of all the large one's.
 
     A new block is as wide as the block before it, lest it cut what passes.
     """
     g, options = data.generator(search.GROWTH, large.stage, n), {}
-    old = dict(zip(places(small), small.blocks))
-    for (row, place), block in zip(places(large), large.blocks):
+    old = dict(zip(positions(small), small.blocks))
+    for (row, place), block in zip(positions(large), large.blocks):
         op, expansion, width = draw(old.get((row, place), block), g)
         if (row, place) not in old:
             width = options[row, place - 1][2]
         options[row, place] = op, expansion, width
-    return [options[place] for place in places(small)], [*options.values()]
+    return [options[place] for place in positions(small)], [*options.values()]
 
 
 @torch.no_grad()
 def bypassed(supernet, small):
     """A copy whose blocks that the space `small` does not have only pass on their input."""
-    supernet, old = copy.deepcopy(supernet), places(small)
-    for place, block in zip(places(supernet.space), supernet.blocks):
+    supernet, old = copy.deepcopy(supernet), positions(small)
+    for place, block in zip(positions(supernet.space), supernet.blocks):
         if place not in old:
             block.layers.norm3.weight.zero_()
             block.layers.norm3.bias.zero_()

@@ -21,7 +21,7 @@ A0, A1 = SPACES["small"][:2]
 def test_a_network_keeps_its_options_and_others_differ():
     drawn = [growth.drawn(A0, A1, n) for n in range(20)]
     for before, after in drawn:
-        old = [n for n, place in enumerate(growth.places(A1)) if place in growth.places(A0)]
+        old = [n for n, place in enumerate(growth.positions(A1)) if place in growth.positions(A0)]
         assert [after[n] for n in old] == before and len(after) == len(A1.blocks)
     assert len({tuple(before) for before, _ in drawn}) == 20
     for block, options in zip(A0.blocks, zip(*(before for before, _ in drawn))):
@@ -38,7 +38,7 @@ def test_with_its_new_blocks_bypassed_a_supernet_computes_what_the_old_one_did()
     wanted = small(x, small.path(before))
     assert_close(grown(x, grown.path(after)), wanted, rtol=1e-4, atol=1e-5)
     for block in grown.blocks:
-        if (block.block.row, block.block.place) not in growth.places(A0):
+        if (block.block.row, block.block.place) not in growth.positions(A0):
             block.layers.norm3.weight.fill_(1)                                      # it has learnt something
             block.layers.norm3.bias.fill_(1)
     assert (grown(x, grown.path(after)) - wanted).abs().max() > 0.01
