@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from flops import bounds
+from flops import best_ends, bounds
 
 
 class Solution(NamedTuple):
@@ -128,20 +128,19 @@ def close_gap(log_p, table, budget, penalty, best):
     Follows block by block the few beginnings of networks that can still end in a better one than `best`. Of
     those that end in the same width, one that is dearer and less likely than another is dropped.
     """
-    ahead, gains = [-penalty * table.head], []  # the most that log-likelihood - penalty x cost can still gain
-    for p, cost in zip(reversed(log_p), reversed(table.blocks)):
-        gains.append(joint(p) - penalty * cost)
-        ahead.append((gains[-1] + ahead[-1]).amax((1, 2, 3)))
+    gains = [joint(p) - penalty * cost for p, cost in zip(log_p, table.blocks)]
+    # The most that log-likelihood - penalty x cost can still gain, and the least that is still to pay
+    ahead = best_ends(gains, -penalty * table.head, torch.amax)
+    remaining = best_ends(table.blocks, table.head, torch.amin)
     # What a better network must reach at least
     floor = best.log_likelihood - penalty * (budget - table.fixed) - 1e-9
     # Beginnings of networks, a tensor each: their last width, log-likelihood, cost, and the one that they
     # go on from.
     width, likelihood = torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.float64)
-    cost = likelihood + table.fixed
-    trail, remaining = [], cheapest_ends(table)
+    cost, trail = likelihood + table.fixed, []
     for n, (p, costs_n) in enumerate(zip(log_p, table.blocks)):
         score = (likelihood - penalty * (cost - table.fixed)).view(-1, 1, 1, 1)
-        hopeful = score + gains[-1 - n][width] + ahead[-2 - n] >= floor
+        hopeful = score + gains[n][width] + ahead[n + 1] >= floor
         hopeful &= cost.view(-1, 1, 1, 1) + costs_n[width] + remaining[n + 1] <= budget
         parent, op, expansion, out = hopeful.nonzero(as_tuple=True)
         cost = cost[parent] + costs_n[width[parent], op, expansion, out]
@@ -164,14 +163,6 @@ def close_gap(log_p, table, budget, penalty, best):
         options.append((int(op[label]), int(expansion[label]), int(width[label])))
         label = int(parent[label])
     return Solution(options[::-1], float(likelihood[end]), float(cost[end]))
-
-
-def cheapest_ends(table):
-    """For each block, by the width that comes in, the least it and what follows cost; the head's last."""
-    ends = [table.head]
-    for cost in reversed(table.blocks):
-        ends.append((cost + ends[-1]).amin((1, 2, 3)))
-    return ends[::-1]
 
 
 def choose_stage(spaces, budget, show, nearest=False):

@@ -153,15 +153,20 @@ def each(cost):
     return every
 
 
+def best_ends(blocks, head, best):
+    """For each block, by the width that comes in, the least (`best` is torch.amin) or the most (torch.amax)
+    that it and what follows it come to; the head's last. Exact, by dynamic programming over the widths.
+    """
+    ends = [head]
+    for table in reversed(blocks):
+        ends.append(best(table + ends[-1], (1, 2, 3)))
+    return ends[::-1]
+
+
 def bounds(costs):
-    """(cheapest, dearest) network of a space: exact, by dynamic programming over the widths."""
-    ends = []
-    for best in (torch.amin, torch.amax):
-        total = torch.zeros(1, dtype=torch.float64)
-        for table in costs.blocks:
-            total = best(total.view(-1, 1) + best(table, (1, 2)), 0)
-        ends.append(costs.fixed + float(best(total + costs.head, 0)))
-    return tuple(ends)
+    """What the cheapest network of a space costs, and the dearest."""
+    return tuple(costs.fixed + float(best_ends(costs.blocks, costs.head, best)[0])
+                 for best in (torch.amin, torch.amax))
 
 
 def energy(seconds, device, processes=1):

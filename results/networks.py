@@ -24,7 +24,6 @@ import data
 import flops
 import search
 import train
-from budget import cheapest_ends
 from derive import evaluate, space_costs
 from results.many import train_many
 from space import CANDIDATES, SPACES, Arch
@@ -127,7 +126,7 @@ def largest(stage):
     (supernet, macs, params), target = space_of(stage), flops.TARGETS["small"][stage]
     steps = [np.stack(pair) for pair in zip(macs.blocks, params.blocks)]            # (2, i, op, e, o) each
     fronts = [[np.array([[macs.fixed], [params.fixed]])]]
-    for step, rest in zip(steps, cheapest_ends(macs)[1:]):
+    for step, rest in zip(steps, flops.best_ends(macs.blocks, macs.head, torch.amin)[1:]):
         fronts.append([])
         for o, left in enumerate((target - rest).tolist()):
             ways = [before[:, :, None] + undominated(step[:, i, ..., o].reshape(2, -1))[:, None]
