@@ -181,7 +181,7 @@ def parser():
     g = p.add_mutually_exclusive_group()
     g.add_argument("--flops", type=flags.amount, metavar="F", help="a budget of MACs, as in 2M (k, M, G)")
     g.add_argument("--params", type=flags.amount, metavar="P", help="a budget of parameters, as in 100k")
-    g.add_argument("--latency", type=latency.duration, metavar="T",
+    g.add_argument("--latency", type=flags.duration, metavar="T",
                    help="a budget of time for one image on this machine's CPU, as in 2ms; suffixes us, ms, "
                    "s. What layers take is measured, and kept in the run's latency.json")
     g.add_argument("--points", type=flags.number(int, 2, 1000), metavar="N",

@@ -104,15 +104,23 @@ def number(kind, low, high=math.inf):
     return read
 
 
-def amount(text):
-    """An argparse type: a number of MACs, parameters, ..: "20M" -> 2e7; suffixes k, M, G. "off" is 0."""
-    if text == "off":
-        return 0.0
-    scale = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}.get(text[-1:])
-    value = float(text[:-1]) * scale if scale else float(text)
+def with_suffix(text, suffixes):
+    """A number times what its suffix stands for; above 0 and finite, or ValueError."""
+    digits = text.rstrip("".join(suffixes))
+    value = float(digits) * suffixes.get(text.removeprefix(digits), 0)
     if not 0 < value < math.inf:
         raise ValueError(text)
     return value
+
+
+def amount(text):
+    """An argparse type: a number of MACs, parameters, ..: "20M" -> 2e7; suffixes k, M, G. "off" is 0."""
+    return 0.0 if text == "off" else with_suffix(text, {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9})
+
+
+def duration(text):
+    """An argparse type: nanoseconds of a time: "2ms" -> 2e6; suffixes ns, us, ms, s."""
+    return with_suffix(text, {"ns": 1, "us": 1e3, "ms": 1e6, "s": 1e9})
 
 
 def load_images(args, part, run=None, checked=True):

@@ -24,17 +24,7 @@ import data
 
 ROUNDS, CALLS = 11, 3            # rounds, and measured calls in each, behind one that is not
 SAMPLE = 20                      # random networks, at least, that layers are compared with
-SUFFIXES = {"ns": 1, "us": 1e3, "ms": 1e6, "s": 1e9}
 ACTIVATIONS = {"relu": nn.ReLU, "hswish": nn.Hardswish, "": None}
-
-
-def duration(text):
-    """Nanoseconds of a time: "2ms" -> 2e6; suffixes ns, us, ms, s. ValueError for anything else."""
-    number = text.rstrip("".join(SUFFIXES))
-    value = float(number) * SUFFIXES.get(text.removeprefix(number), 0)
-    if not 0 < value < float("inf"):
-        raise ValueError(text)
-    return value
 
 
 def show(nanoseconds):

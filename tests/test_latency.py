@@ -4,7 +4,7 @@ anew.
 The oracles: a list of a network's layers, from its blocks, by the tests themselves; what PyTorch is asked to
 compute, operation by operation; brute force over all networks of a tiny space, with random whole costs.
 """
-from machinery import latency
+from machinery import flags, latency
 
 import itertools
 import json
@@ -58,13 +58,13 @@ def table_of(space, times, in_channels=1, classes=10):
 @pytest.mark.parametrize("text, nanoseconds", [("2ms", 2e6), ("1500us", 1.5e6), ("0.5s", 5e8), ("80ns", 80),
                                                ("1e-3s", 1e6)])
 def test_durations(text, nanoseconds):
-    assert latency.duration(text) == pytest.approx(nanoseconds)
+    assert flags.duration(text) == pytest.approx(nanoseconds)
 
 
 @pytest.mark.parametrize("text", ["2", "", "ms", "0ms", "-1ms", "2m", "2M", "2sm", "nanms", "infs", "2 h"])
 def test_what_is_no_duration_is_refused(text):
     with pytest.raises(ValueError):
-        latency.duration(text)
+        flags.duration(text)
 
 
 @pytest.mark.parametrize("space", [TINY, TINY._replace(stem=12), SPACES["small"][4], SPACES["paper"][0]])
