@@ -12,7 +12,6 @@ from machinery.files import Refused
 
 import itertools
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -304,4 +303,4 @@ def report(supernet, solution, accuracy=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -10,7 +10,6 @@ from machinery import flags
 
 import math
 import os
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -272,4 +271,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -13,7 +13,6 @@ import contextlib
 import json
 import math
 import shlex
-import sys
 import time
 
 import torch
@@ -283,4 +282,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -22,7 +22,6 @@ import itertools
 import json
 import math
 import os
-import sys
 
 import torch
 import torch.nn.functional as F
@@ -333,4 +332,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
