@@ -35,11 +35,9 @@ def log_probabilities(supernet):
 
     A choice with one option has log-probability 0.
     """
-    alphas, single = supernet.alphas(), torch.zeros(1, dtype=torch.float64)
-    every = torch.cat(alphas).cpu().double()                                 # the device is read once
-    logits = iter(every.split([len(a) for a in alphas]))
-    found = [{name: F.log_softmax(next(logits), 0) for name in block.alphas} for block in supernet.blocks]
-    return [tuple(block.get(name, single) for name in CHOICES) for block in found]
+    single = torch.zeros(1)
+    return [tuple(F.log_softmax(block.alphas.get(name, single).cpu().double(), 0) for name in CHOICES)
+            for block in supernet.blocks]
 
 
 def space_costs(supernet, cost=Layer.macs):
