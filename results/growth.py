@@ -132,8 +132,7 @@ def picture(path):
         axis.set_title(f"A{stage - 1} grows to A{stage}")
         axis.set_ylim(0, 100)
     figure.axes[0].set_ylabel("accuracy (%) of 50 random networks,\nmean; above: % of twin channels")
-    save(figure, path)
-    return figure
+    return save(figure, path)
 
 
 @flags.command

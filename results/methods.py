@@ -137,8 +137,7 @@ def picture(kinds, args, path):
     axis.set_xlabel("MACs (M)")
     axis.set_ylabel("accuracy (%), mean and one deviation")
     axis.legend(loc="lower right")
-    save(figure, path)
-    return figure
+    return save(figure, path)
 
 
 @flags.command
