@@ -241,7 +241,7 @@ class Arch(NamedTuple):
 
     @classmethod
     def from_json(cls, text):
-        """The `Arch` of a JSON text. ValueError, with the block and what is wrong in it, if it is not one."""
+        """The `Arch` of JSON, text or bytes. ValueError, with the block and what is wrong, if it is none."""
         try:
             found = json.loads(text)
         except (ValueError, RecursionError) as error:

@@ -146,9 +146,7 @@ def load_images(args, part, run=None, checked=True):
 def read_arch(file):
     """The `Arch` in a JSON file. Refused, with the file and what is wrong in it, if it holds none."""
     try:
-        return Arch.from_json(file.read_text())
-    except UnicodeDecodeError as error:
-        raise Refused(f"{file} is not text ({error.reason})") from None
+        return Arch.from_json(file.read_bytes())
     except ValueError as error:
         raise Refused(f"{file}: {error}") from None
 
