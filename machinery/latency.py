@@ -117,23 +117,18 @@ def tables(walk, network, file):
         builders = [(functools.partial(build, layer), layer.inputs, layer.pixels_in)
                     for layer in map(layers.get, missing)]
         known |= zip(missing, measure(builders))
-        factor = statistics.median(whole / parts for parts, whole in zip(*sample(read(1), network, 0)))
+        factor = statistics.median(whole / parts for parts, whole in zip(*sample(read(1), network)))
         write(file, json.dumps(here | {"factor": factor, "nanoseconds": known}, indent=1) + "\n")
         print(f"measured {len(missing)} layers in {time.perf_counter() - clock:.0f} s; networks take "
               f"{factor:.2f} times as long as their layers one by one: {file}", flush=True)
-    found = read(factor)
-    sums, wholes = sample(found, network, 1)
-    median, largest, correlation = error(sums, wholes)
-    print(f"{len(sums)} random networks: times by their layers are off by {median:.1%} (median), "
-          f"{largest:.1%} at most; correlation with the measured ones {correlation:.3f}", flush=True)
-    return found
+    return read(factor)
 
 
-def sample(tables, network, seed):
+def sample(tables, network):
     """(sums, wholes) of random networks, as many of each space: nanoseconds by `tables`, and as a whole."""
     sums, networks = [], []
     for n, (which, table) in itertools.product(range(math.ceil(SAMPLE / len(tables))), enumerate(tables)):
-        options, total = draw(table, data.generator(seed, n, which))
+        options, total = draw(table, data.generator(0, n, which))
         sums.append(total)
         networks.append(network(which, options))
     return sums, measure_networks(networks)
@@ -147,9 +142,3 @@ def draw(table, generator):
         total += float(block[before, *options[-1]])
         before = options[-1][2]
     return options, total + float(table.head[before])
-
-
-def error(sums, wholes):
-    """The median and the largest |sum / whole - 1|, and the correlation of the two."""
-    off = [abs(a / b - 1) for a, b in zip(sums, wholes, strict=True)]
-    return statistics.median(off), max(off), statistics.correlation(sums, wholes)

@@ -8,7 +8,6 @@ from machinery import flags, latency
 
 import itertools
 import json
-import statistics
 
 import numpy as np
 import pytest
@@ -151,7 +150,7 @@ def test_times_are_kept_and_what_is_missing_or_from_elsewhere_is_measured(tmp_pa
         asked.append(len(builders))
         return list(range(1, len(builders) + 1))
     monkeypatch.setattr(latency, "measure", measure)
-    monkeypatch.setattr(latency, "sample", lambda tables, network, seed: ([2, 8, 10], [3, 12, 20]))
+    monkeypatch.setattr(latency, "sample", lambda tables, network: ([2, 8, 10], [3, 12, 20]))
     small = SPACES["small"]
 
     def tables(spaces):
@@ -184,7 +183,7 @@ def test_the_sample_is_of_networks_of_each_space_with_their_costs(monkeypatch):
     def network(which, options):
         made.append((which, chosen(spaces[which], options)))
         return len(made)
-    sums, wholes = latency.sample(walk(spaces)(times), network, 1)
+    sums, wholes = latency.sample(walk(spaces)(times), network)
     assert wholes == list(range(10, 211, 10)) and [which for which, _ in made] == [0, 1, 2] * 7
     assert len(set(made)) == 21 and sums == [sum(map(times, layers(arch))) for _, arch in made]
 
@@ -200,8 +199,3 @@ def test_a_time_is_the_lower_quartile_over_rounds_and_whole(monkeypatch):
     for mine, value in zip((rounds[::2], rounds[1::2]), found):
         mine = sorted(itertools.chain(*mine))
         assert isinstance(value, int) and mine[len(mine) // 4 - 1] <= value <= mine[len(mine) // 4 + 1]
-
-
-def test_the_error_of_sums():
-    sums, wholes = [1.0, 2.2, 2.25], [1.0, 2.0, 3.0]
-    assert latency.error(sums, wholes) == pytest.approx((0.1, 0.25, statistics.correlation(sums, wholes)))

@@ -380,7 +380,7 @@ def test_a_budget_of_time_gives_a_network_whose_layers_keep_it(searched, tmp_pat
         derive.main([str(searched), "--latency", f"{(low + high) / 2e6}ms", "--out",
                      str(tmp_path / "net.json"), *more])
         out = capsys.readouterr().out
-        assert "20 random networks" in out and "layers in" not in out and "measured as a whole" in out
+        assert "layers in" not in out and "measured as a whole" in out
         with pytest.raises(SystemExit):
             derive.main([str(searched), "--latency", "1us"])
         assert re.search(r"networks have [\d.]+\d ms to [\d.]+\d ms\n", capsys.readouterr().err)
