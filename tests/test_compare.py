@@ -10,6 +10,7 @@ import torch
 import data
 import flops
 import search
+import train
 from budget import viterbi
 from derive import log_probabilities, space_costs
 from results import compare, networks
@@ -95,6 +96,7 @@ def test_rows_are_kept_and_nothing_is_done_twice(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(data, "load", lambda name, part: data.fake(240, (0,)))
     monkeypatch.setattr(networks, "random_networks",
                         lambda stage, count, drawn=networks.random_networks: drawn(stage, min(count, 2)))
+    monkeypatch.setattr(train, "RECALIBRATION", 8)
     networks.loader_of.cache_clear()
     arch = networks.random_networks(0, 1)[0].to_json()
     monkeypatch.setattr(networks, "add_search", lambda wanted: networks.add(networks.SEARCHES, {

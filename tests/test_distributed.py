@@ -265,6 +265,7 @@ def dying(folder, script="search", rank=1, n=10):
     return str(file)
 
 
+@pytest.mark.slow
 def test_a_death_is_noticed_and_a_restarted_run_ends_as_if_nothing_had_been(two, folder, tmp_path):
     """A process that waits for a dead one would wait longer than `torchrun` above does."""
     out = tmp_path / "run"

@@ -10,6 +10,7 @@ import torch
 
 import data
 import flops
+import train
 from derive import scale
 from results import many, methods, networks
 
@@ -39,6 +40,8 @@ def test_side_by_side_networks_learn_what_trains_own_loop_teaches(small, monkeyp
     ends, archs = [], networks.random_networks(1, 2)
     for module in (networks, many):
         monkeypatch.setattr(module, "evaluate", lambda network, *given: ends.append(network) or 0.5)
+    for module in (train, many):
+        monkeypatch.setattr(module, "RECALIBRATION", 2)
     args = networks.training_arguments(archs[0], 1, 2, torch.device("cpu"))
     for arch in archs:
         networks.train_one(arch, args, *small)
