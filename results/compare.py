@@ -43,7 +43,7 @@ def find(args):
     for stage in args.stages:
         wanted += [("largest", 0, networks.largest(stage)), ("by hand", 0, networks.by_hand(stage))]
         wanted += [("random", n, arch) for n, arch in enumerate(networks.random_networks(stage, args.draws))]
-    networks.train_all([(*each, 0, args.epochs) for each in wanted], args)
+    networks.train_all([(*each, seed, args.epochs) for each in wanted for seed in range(args.seeds)], args)
 
 
 def log_likelihood(arch, supernet):
@@ -172,7 +172,7 @@ def main(argv=None):
     p = networks.parser("compare.py", __doc__, searches=8)
     p.add_argument("question", choices=("find", "rank", "table"))
     p.add_argument("--draws", type=int, default=8, help="random networks a stage (8)")
-    p.add_argument("--seeds", type=int, default=1, help="of training, for rank (1)")
+    p.add_argument("--seeds", type=int, default=1, help="of training, 0, 1, .. (1)")
     p.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="all that follows goes to search.py")
     args = p.parse_args(argv)
     processes.choose_device(args.device)                        # refused here, and not after the searches
