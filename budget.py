@@ -12,12 +12,14 @@ penalty: nats a unit of cost. A negative one rewards cost.
 """
 from machinery.files import Refused
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from flops import best_ends, bounds
+from space import CANDIDATES
 
 
 class Solution(NamedTuple):
@@ -25,6 +27,35 @@ class Solution(NamedTuple):
     options: list
     log_likelihood: float
     cost: float
+
+
+def keep_operations(log_p, table, space, before):
+    """`log_p` and the costs `table` of a `Space`, of whose networks those are left that have, in each block
+    which the `Arch` before has too, the same operation. None for an `Arch` leaves all.
+
+    Other operations have log-probability -inf, and the cost of the one that is kept, so that the cheapest
+    and the dearest network are among those that are left.
+    """
+    if before is None:
+        return log_p, table
+    ops = {place: list(CANDIDATES).index(block.op) for place, block in zip(places(before), before.blocks)}
+    log_p, blocks = [*log_p], [*table.blocks]
+    for n, kept in enumerate(map(ops.get, places(space))):
+        if kept is not None:
+            op, expansion, width = log_p[n]
+            others = torch.arange(len(op)) != kept
+            log_p[n] = op.masked_fill(others, -math.inf), expansion, width
+            blocks[n] = blocks[n][:, [kept]].expand_as(blocks[n])
+    return log_p, table._replace(blocks=blocks)
+
+
+def places(network):
+    """(row, place in the row) of each block of an `Arch` or a `Space`."""
+    found = []
+    for block in network.blocks:
+        row, place = found[-1] if found else (-1, 0)
+        found.append((row, place + 1) if block.residual else (row + 1, 0))
+    return found
 
 
 def viterbi(log_p, table, penalty):
@@ -60,7 +91,7 @@ def viterbi_list(log_p, table, penalty, count):  # task 5.4
             total += float(cost[before, op, expansion, width])
             width = before
         solutions.append(Solution(options[::-1], likelihood, total))
-    return solutions
+    return [solution for solution in solutions if solution.log_likelihood > -math.inf]
 
 
 def joint(p):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from budget import alternatives, choose_stage, spend, viterbi, viterbi_list
+from budget import alternatives, choose_stage, keep_operations, spend, viterbi, viterbi_list
 from flops import Layer, bounds, costs, each, macs, params
 from network import Network
 from ops import middle
@@ -50,14 +50,27 @@ def arch_of(supernet, options):
     return supernet.space.arch(options, supernet.stem.in_channels, supernet.classifier.out_features)
 
 
-def derive(supernet, flops=None):
+def derive(supernet, flops=None, before=None):
     """The supernet's most likely network, as an `Arch`; with `flops`, the most likely within so many MACs if
     it spends 95 % of them, else a likely one that does (`budget.spend`). ValueError if even the cheapest has
     more.
+
+    before: the `Arch` of the stage before, whose blocks keep their operations, unless that takes more MACs.
     """
     log_p, table = log_probabilities(supernet), space_costs(supernet)
+    kept = keep_operations(log_p, table, supernet.space, before)
+    if not flops or bounds(kept[1])[0] <= flops:
+        log_p, table = kept
     solution = spend(log_p, table, flops) if flops else viterbi(log_p, table, 0.0)
     return arch_of(supernet, solution.options)
+
+
+def network_before(run, stage):
+    """The `Arch` from which the search in the folder `run` has grown a stage, to be given to `derive`; None
+    for A0, and where every stage began from scratch.
+    """
+    grown = stage and files.read_json(run / "args.json").get("grow")
+    return flags.read_arch(run / f"A{stage - 1}.json") if grown else None
 
 
 @torch.no_grad()
@@ -206,10 +219,12 @@ def main(argv=None):
     if not supernets:
         raise Refused(f"{args.run} has no A{args.stage or 0}.pt: no such stage was finished")
     accuracy = evaluator(args.run, args.data) if args.points or args.refine > 1 else None
+    before = [network_before(args.run, k) for k in stages]
     if args.points:
-        name, text = "points", json.dumps(front(supernets, args.points, accuracy), indent=1) + "\n"
+        rows = front(supernets, before, args.points, accuracy)
+        name, text = "points", json.dumps(rows, indent=1) + "\n"
     else:
-        name, arch = under_budget(args, supernets, accuracy)
+        name, arch = under_budget(args, supernets, before, accuracy)
         text = arch.to_json()
     path = args.out or args.run / f"{name}.json"
     if path.resolve() in [(args.run / f"A{k}.json").resolve() for k in range(5)]:
@@ -237,16 +252,22 @@ def evaluator(run, moved):
     return accuracy
 
 
-def front(supernets, points, accuracy):
+def spaces_of(supernets, tables, before):
+    """[(log_p, costs), ..] of supernets: what is left to choose where a network before decided operations."""
+    return [keep_operations(log_probabilities(supernet), table, supernet.space, arch)
+            for supernet, table, arch in zip(supernets, tables, before)]
+
+
+def front(supernets, before, points, accuracy):
     """Rows of `points` networks from the cheapest to the dearest, evenly on a logarithmic scale of MACs."""
-    spaces = [(log_probabilities(supernet), space_costs(supernet)) for supernet in supernets]
+    spaces = spaces_of(supernets, map(space_costs, supernets), before)
     ends = [end for _, table in spaces for end in bounds(table)]
     budgets = np.geomspace(min(ends), max(ends), points).clip(min(ends), max(ends))
     chosen = [choose_stage(spaces, budget, str, nearest=True) for budget in budgets]
     return [report(supernets[which], solution, accuracy) for which, solution in chosen]
 
 
-def under_budget(args, supernets, accuracy):
+def under_budget(args, supernets, before, accuracy):
     """(name of its file, `Arch`): the network of `budget.spend` for the budget which `args` names, or without
     one the last supernet's most likely. Of args.refine likely ones it is the most accurate.
     """
@@ -259,9 +280,10 @@ def under_budget(args, supernets, accuracy):
         show, name = f"{{:,.0f}} {unit}".format, f"{name}-{budget:.0f}"
         tables = [space_costs(supernet, cost) for supernet in supernets]
     else:
-        supernets, show, name = supernets[-1:], str, f"A{supernets[-1].space.stage}-likely"
+        supernets, before = supernets[-1:], before[-1:]
+        show, name = str, f"A{supernets[0].space.stage}-likely"
         tables = [space_costs(supernets[0])]
-    spaces = list(zip(map(log_probabilities, supernets), tables))
+    spaces = spaces_of(supernets, tables, before)
     which, solution = choose_stage(spaces, budget, show) if budget else (0, viterbi(*spaces[0], 0.0))
     if args.refine > 1:
         log_p, table = spaces[which]

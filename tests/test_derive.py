@@ -29,7 +29,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import derive
-from budget import alternatives, choose_stage, most_likely, spend, viterbi, viterbi_list
+from budget import alternatives, choose_stage, keep_operations, most_likely, spend, viterbi, viterbi_list
 from derive import Network, inherit, space_costs
 from flops import bounds
 from space import SPACES, Arch
@@ -126,6 +126,36 @@ def test_under_a_budget_no_network_is_more_likely(spread):
             assert total == macs(chosen(TINY, options)) <= budget
             assert value == pytest.approx(likelihood[cost <= budget].max(), abs=1e-9)
             assert likelihood[sum(options, ())] == pytest.approx(value, abs=1e-9)
+
+
+@pytest.mark.parametrize("new", [1, 2])
+def test_blocks_that_were_there_before_keep_their_operations(new):
+    """So many blocks are new. By brute force over the networks that are left; where none of them is within
+    the budget, over all.
+    """
+    freed = 0
+    for seed in range(3):
+        net, options = supernet(seed=seed), random_options(TINY, seeded(seed))
+        before = chosen(TINY, options)
+        before = before._replace(blocks=before.blocks[:3 - new])
+        likelihood, cost = everything(net)
+        left = tuple(options[n // 3][0] if n % 3 == 0 and n // 3 < 3 - new else slice(None) for n in range(9))
+        kept = keep_operations(derive.log_probabilities(net), space_costs(net), TINY, before)
+        assert bounds(kept[1]) == (cost[left].min(), cost[left].max())
+        for budget in (*np.quantile(cost[left], (0, 0.02, 0.3, 0.7, 1)).tolist(), cost[left].min() - 1):
+            if budget < cost[left].min():
+                if budget >= cost.min():
+                    freed += 1
+                    assert derive.derive(net, budget, before) == derive.derive(net, budget)
+                continue
+            found = derive.derive(net, budget, before)
+            best = likelihood[left][cost[left] <= budget].max()
+            assert most_likely(*kept, budget).log_likelihood == pytest.approx(best)
+            solution = spend(*kept, budget)
+            assert found == chosen(TINY, solution.options) and macs(found) == solution.cost <= budget
+            assert [b.op for b in found.blocks[:3 - new]] == [b.op for b in before.blocks]
+        assert derive.derive(net, None, before) == chosen(TINY, viterbi(*kept, 0.0).options)
+    assert freed
 
 
 def test_a_budget_is_spent():

@@ -340,7 +340,9 @@ def test_a_stage_grows_ends_in_its_network_and_teaches_the_next(tmp_path, monkey
     ([], True, True), (["--no-distill"], True, False), (["--no-grow"], False, True),
     (["--method", "direct"], False, False), (["--method", "naive"], True, False)])
 def test_the_methods_differ_in_growth_and_teacher(tmp_path, flags, grown, taught, capsys):
-    """Figs. 5 and 6. The oracles: what is printed of a growth, and the log's lambda."""
+    """Figs. 5 and 6. The oracles: what is printed of a growth, the log's lambda, and the networks: what has
+    grown keeps the operations of A0's network, of whose blocks A1's are the first.
+    """
     found = run(tmp_path / "run", *flags, "--epochs", "0.1")
     moved = re.findall(r"A1: grown from A0: .* logits moved by (\S+) of their size", capsys.readouterr().out)
     assert len(moved) == grown
@@ -348,6 +350,11 @@ def test_the_methods_differ_in_growth_and_teacher(tmp_path, flags, grown, taught
         assert (float(moved[0]) > 1e-2) == ("naive" in flags)              # the others keep what it computes
     rows = found["log"]
     assert [row["lambda"] > 0 for row in rows] == [taught and row["stage"] == 1 for row in rows]
+    small, large = (Arch.from_json((tmp_path / "run" / f"A{k}.json").read_text()) for k in range(2))
+    old = [block.op for block in small.blocks]
+    free = derive(open_supernet(tmp_path / "run", 1), flops.TARGETS["small"][1])
+    assert [block.op for block in free.blocks[:2]] != old
+    assert [block.op for block in large.blocks[:2]] == old if grown else large == free
 
 
 def test_compound_scaling_searches_a0_alone_and_goes_on(tmp_path):

@@ -334,7 +334,8 @@ def test_a_time_that_no_network_takes_is_refused(searched, given, shown, capsys)
 def test_without_a_budget_it_is_the_last_stages_most_likely(searched, tmp_path, capsys):
     out = ["--out", str(tmp_path / "net.json")]
     derive.main([str(searched), *out])
-    best = derive.derive(derive.open_supernet(searched, 1))
+    best = derive.derive(derive.open_supernet(searched, 1), None, derive.network_before(searched, 1))
+    assert best != derive.derive(derive.open_supernet(searched, 1))             # A0's operations are kept
     assert Arch.from_json((tmp_path / "net.json").read_text()) == best
     derive.main([str(searched), "--stage", "0", "--refine", "2", *out])
     likely = derive.open_supernet(searched, 0)
@@ -392,7 +393,12 @@ def test_a_budget_of_time_gives_a_network_whose_layers_keep_it(searched, tmp_pat
 def test_the_front_reaches_from_the_cheapest_to_the_dearest(searched, tmp_path):
     derive.main([str(searched), "--points", "3", "--out", str(tmp_path / "front.json")])
     rows = json.loads((tmp_path / "front.json").read_text())
-    ends = [bounds(derive.space_costs(derive.open_supernet(searched, stage))) for stage in (0, 1)]
+    ends = []
+    for stage in (0, 1):
+        supernet = derive.open_supernet(searched, stage)
+        log_p, table = derive.log_probabilities(supernet), derive.space_costs(supernet)
+        before = derive.network_before(searched, stage)
+        ends.append(bounds(derive.keep_operations(log_p, table, supernet.space, before)[1]))
     sizes = [row["flops"] for row in rows]
     assert sizes == sorted(set(sizes)) and sizes[0] == ends[0][0] and sizes[-1] == ends[1][1]
     for row in rows:
