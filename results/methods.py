@@ -102,7 +102,8 @@ def text(args):
         if differences:
             seeds = set.intersection(*map(set, differences))
             means = [np.mean([each[n] for each in differences]) for n in seeds]
-            print("all of them, {:16} {:+.2f} +- {:.2f}".format(kind, *paired(means)))
+            if len(means) > 1:
+                print("all of them, {:16} {:+.2f} +- {:.2f} ({})".format(kind, *paired(means), len(means)))
         mine = [row for row in every if row["flags"] == SEARCHED.get(kind) and row["seed"] < args.searches]
         if mine:
             seconds = sum(row["seconds"] for row in mine) / len({row["seed"] for row in mine})
