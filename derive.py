@@ -5,7 +5,8 @@
     python derive.py runs/001 --latency 2ms      # measured here, for one image
 
 A network is a chain of choices, and what a block costs depends on its own choices and the width before it.
-So the most likely network within a budget is found exactly, and one that spends it (budget.py).
+So the most likely network within a budget is found exactly, and one that spends it (budget.py). Of grown
+supernets it is the most likely one that keeps the operations of the network before.
 """
 from machinery import files, flags, folder, latency, processes, settings
 from machinery.files import Refused
@@ -55,22 +56,32 @@ def derive(supernet, flops=None, before=None):
     it spends 95 % of them, else a likely one that does (`budget.spend`). ValueError if even the cheapest has
     more.
 
-    before: the `Arch` of the stage before, whose blocks keep their operations, unless that takes more MACs.
+    before: the `Arch` of the stage before, whose blocks keep their operations (`budget.keep_operations`).
     """
-    log_p, table = log_probabilities(supernet), space_costs(supernet)
-    kept = keep_operations(log_p, table, supernet.space, before)
-    if not flops or bounds(kept[1])[0] <= flops:
-        log_p, table = kept
+    (log_p, table), = spaces_of([supernet], [space_costs(supernet)], [before], flops)
     solution = spend(log_p, table, flops) if flops else viterbi(log_p, table, 0.0)
     return arch_of(supernet, solution.options)
 
 
+def spaces_of(supernets, tables, before, budget=None):
+    """[(log_p, costs), ..] of supernets and what they cost, where the networks before are kept as far as a
+    budget lets them.
+    """
+    return [keep_operations(log_probabilities(supernet), table, supernet.space, arch, budget)
+            for supernet, table, arch in zip(supernets, tables, before)]
+
+
 def network_before(run, stage):
     """The `Arch` from which the search in the folder `run` has grown a stage, to be given to `derive`; None
-    for A0, and where every stage began from scratch.
+    for A0, and where every stage began from scratch. Refused if that file is another stage's.
     """
-    grown = stage and files.read_json(run / "args.json").get("grow")
-    return flags.read_arch(run / f"A{stage - 1}.json") if grown else None
+    if not stage or not files.read_json(run / "args.json").get("grow"):
+        return None
+    file = run / f"A{stage - 1}.json"
+    arch = flags.read_arch(file)
+    if arch.stage != stage - 1:
+        raise Refused(f"{file}: no network of A{stage - 1}")
+    return arch
 
 
 @torch.no_grad()
@@ -252,18 +263,13 @@ def evaluator(run, moved):
     return accuracy
 
 
-def spaces_of(supernets, tables, before):
-    """[(log_p, costs), ..] of supernets: what is left to choose where a network before decided operations."""
-    return [keep_operations(log_probabilities(supernet), table, supernet.space, arch)
-            for supernet, table, arch in zip(supernets, tables, before)]
-
-
 def front(supernets, before, points, accuracy):
     """Rows of `points` networks from the cheapest to the dearest, evenly on a logarithmic scale of MACs."""
-    spaces = spaces_of(supernets, map(space_costs, supernets), before)
-    ends = [end for _, table in spaces for end in bounds(table)]
+    tables = [space_costs(supernet) for supernet in supernets]
+    ends = [end for table in tables for end in bounds(table)]
     budgets = np.geomspace(min(ends), max(ends), points).clip(min(ends), max(ends))
-    chosen = [choose_stage(spaces, budget, str, nearest=True) for budget in budgets]
+    chosen = [choose_stage(spaces_of(supernets, tables, before, budget), budget, str, nearest=True)
+              for budget in budgets]
     return [report(supernets[which], solution, accuracy) for which, solution in chosen]
 
 
@@ -283,7 +289,7 @@ def under_budget(args, supernets, before, accuracy):
         supernets, before = supernets[-1:], before[-1:]
         show, name = str, f"A{supernets[0].space.stage}-likely"
         tables = [space_costs(supernets[0])]
-    spaces = spaces_of(supernets, tables, before)
+    spaces = spaces_of(supernets, tables, before, budget)
     which, solution = choose_stage(spaces, budget, show) if budget else (0, viterbi(*spaces[0], 0.0))
     if args.refine > 1:
         log_p, table = spaces[which]

@@ -131,7 +131,7 @@ def test_under_a_budget_no_network_is_more_likely(spread):
 @pytest.mark.parametrize("new", [1, 2])
 def test_blocks_that_were_there_before_keep_their_operations(new):
     """So many blocks are new. By brute force over the networks that are left; where none of them is within
-    the budget, over all.
+    the budget, or costs 95 % of it, over all.
     """
     freed = 0
     for seed in range(3):
@@ -142,8 +142,9 @@ def test_blocks_that_were_there_before_keep_their_operations(new):
         left = tuple(options[n // 3][0] if n % 3 == 0 and n // 3 < 3 - new else slice(None) for n in range(9))
         kept = keep_operations(derive.log_probabilities(net), space_costs(net), TINY, before)
         assert bounds(kept[1]) == (cost[left].min(), cost[left].max())
-        for budget in (*np.quantile(cost[left], (0, 0.02, 0.3, 0.7, 1)).tolist(), cost[left].min() - 1):
-            if budget < cost[left].min():
+        least, most = cost[left].min(), cost[left].max()
+        for budget in (*np.quantile(cost[left], (0, 0.02, 0.3, 0.7, 1)).tolist(), least - 1, most / 0.95 + 1):
+            if not least <= budget <= most:
                 if budget >= cost.min():
                     freed += 1
                     assert derive.derive(net, budget, before) == derive.derive(net, budget)
@@ -155,7 +156,7 @@ def test_blocks_that_were_there_before_keep_their_operations(new):
             assert found == chosen(TINY, solution.options) and macs(found) == solution.cost <= budget
             assert [b.op for b in found.blocks[:3 - new]] == [b.op for b in before.blocks]
         assert derive.derive(net, None, before) == chosen(TINY, viterbi(*kept, 0.0).options)
-    assert freed
+    assert freed > 3
 
 
 def test_a_budget_is_spent():

@@ -15,6 +15,7 @@ import math
 import multiprocessing
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -351,6 +352,20 @@ def test_a_budget_gives_a_network_that_keeps_it(searched, tmp_path):
         assert count(Arch.from_json((tmp_path / "net.json").read_text())) <= budget
 
 
+def test_a_budget_that_kept_operations_do_not_reach_is_reached_without_them(searched, tmp_path):
+    supernet = derive.open_supernet(searched, 1)
+    for end in bounds(derive.space_costs(supernet)):
+        derive.main([str(searched), "--stage", "1", "--flops", str(end), "--out", str(tmp_path / "net.json")])
+        assert macs(Arch.from_json((tmp_path / "net.json").read_text())) == end
+
+
+def test_a_network_before_is_that_of_the_stage_before(searched, tmp_path, capsys):
+    for name in ("args.json", "A0.json", "A1.json", "A1.pt"):
+        shutil.copy(searched / name, tmp_path)
+    shutil.copy(searched / "A1.json", tmp_path / "A0.json")
+    refused(derive.main, [str(tmp_path)], "A0.json: no network of A0", capsys)
+
+
 def test_of_the_likeliest_near_a_budget_the_best_is_taken(searched, tmp_path, monkeypatch, capsys):
     supernet, measured = derive.open_supernet(searched, 0), {}
     for alpha in supernet.alphas():
@@ -393,12 +408,7 @@ def test_a_budget_of_time_gives_a_network_whose_layers_keep_it(searched, tmp_pat
 def test_the_front_reaches_from_the_cheapest_to_the_dearest(searched, tmp_path):
     derive.main([str(searched), "--points", "3", "--out", str(tmp_path / "front.json")])
     rows = json.loads((tmp_path / "front.json").read_text())
-    ends = []
-    for stage in (0, 1):
-        supernet = derive.open_supernet(searched, stage)
-        log_p, table = derive.log_probabilities(supernet), derive.space_costs(supernet)
-        before = derive.network_before(searched, stage)
-        ends.append(bounds(derive.keep_operations(log_p, table, supernet.space, before)[1]))
+    ends = [bounds(derive.space_costs(derive.open_supernet(searched, stage))) for stage in (0, 1)]
     sizes = [row["flops"] for row in rows]
     assert sizes == sorted(set(sizes)) and sizes[0] == ends[0][0] and sizes[-1] == ends[1][1]
     for row in rows:
