@@ -21,8 +21,6 @@ import torch
 from flops import best_ends, bounds
 from space import CANDIDATES
 
-SHARE = 0.95                    # of a budget that a network is to cost at least
-
 
 class Solution(NamedTuple):
     """A network of a space: for each block (operation, expansion, width) as indices, and what it is worth."""
@@ -33,8 +31,8 @@ class Solution(NamedTuple):
 
 def keep_operations(log_p, table, space, before, budget=None):
     """`log_p` and the costs `table` of a `Space`, of whose networks those are left that have, in each block
-    which the `Arch` before has too, the same operation. All are left if before is None, or if none of these
-    is within the budget, or can spend it (`SHARE`).
+    which the `Arch` before has too, the same operation. All are left if before is None, or if the budget
+    lies below the cheapest of these, or above the dearest.
 
     Other operations have log-probability -inf, and the cost of the one that is kept, so that the cheapest
     and the dearest network are among those that are left.
@@ -52,7 +50,7 @@ def keep_operations(log_p, table, space, before, budget=None):
             blocks[n] = blocks[n][:, [kept]].expand_as(blocks[n])
     table = table._replace(blocks=blocks)
     least, most = bounds(table)
-    return free if budget and not least <= budget <= most / SHARE else (log_p, table)
+    return free if budget and not least <= budget <= most else (log_p, table)
 
 
 def places(network):
@@ -119,19 +117,19 @@ def most_likely(log_p, table, budget):
     return close_gap(log_p, table, budget, *bisect(log_p, table, budget, 0.0))
 
 
-def spend(log_p, table, budget):
-    """A likely `Solution` that spends a budget: at most all of it, and at least `SHARE` if it can be.
+def spend(log_p, table, budget, share=0.95):
+    """A likely `Solution` that spends a budget: at most all of it, and at least this share if it can be.
 
     It is the most likely one within the budget, exactly, if that costs enough. Else cost is rewarded until
     networks come near the budget: of the 256 best at this reward, it is the best that costs enough, or where
     none does, the one that comes nearest at a reward.
     """
     solution = most_likely(log_p, table, budget)
-    if solution.cost >= SHARE * budget:
+    if solution.cost >= share * budget:
         return solution
     penalty, nearest = bisect(log_p, table, budget, -1e3 / budget)
     listed = viterbi_list(log_p, table, penalty, 256)
-    return next((s for s in listed if SHARE * budget <= s.cost <= budget), nearest)
+    return next((s for s in listed if share * budget <= s.cost <= budget), nearest)
 
 
 def bisect(log_p, table, budget, low):
