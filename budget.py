@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from flops import best_ends, bounds
-from space import CANDIDATES
+from space import CANDIDATES, positions
 
 
 class Solution(NamedTuple):
@@ -40,9 +40,9 @@ def keep_operations(log_p, table, space, before, budget=None):
     if before is None:
         return log_p, table
     free = log_p, table
-    ops = {place: list(CANDIDATES).index(block.op) for place, block in zip(places(before), before.blocks)}
+    ops = {stand: list(CANDIDATES).index(block.op) for stand, block in zip(positions(before), before.blocks)}
     log_p, blocks = [*log_p], [*table.blocks]
-    for n, kept in enumerate(map(ops.get, places(space))):
+    for n, kept in enumerate(map(ops.get, positions(space))):
         if kept is not None:
             op, expansion, width = log_p[n]
             others = torch.arange(len(op)) != kept
@@ -51,15 +51,6 @@ def keep_operations(log_p, table, space, before, budget=None):
     table = table._replace(blocks=blocks)
     least, most = bounds(table)
     return free if budget and not least <= budget <= most else (log_p, table)
-
-
-def places(network):
-    """(row, place in the row) of each block of an `Arch` or a `Space`."""
-    found = []
-    for block in network.blocks:
-        row, place = found[-1] if found else (-1, 0)
-        found.append((row, place + 1) if block.residual else (row + 1, 0))
-    return found
 
 
 def viterbi(log_p, table, penalty):

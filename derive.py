@@ -58,7 +58,8 @@ def derive(supernet, flops=None, before=None):
 
     before: the `Arch` of the stage before, whose blocks keep their operations (`budget.keep_operations`).
     """
-    (log_p, table), = spaces_of([supernet], [space_costs(supernet)], [before], flops)
+    log_p, table = keep_operations(log_probabilities(supernet), space_costs(supernet), supernet.space, before,
+                                   flops)
     solution = spend(log_p, table, flops) if flops else viterbi(log_p, table, 0.0)
     return arch_of(supernet, solution.options)
 
@@ -77,10 +78,15 @@ def network_before(run, stage):
     """
     if not stage or not files.read_json(run / "args.json").get("grow"):
         return None
-    file = run / f"A{stage - 1}.json"
+    return network_of(run, stage - 1)
+
+
+def network_of(run, stage):
+    """The `Arch` in A<stage>.json in the folder `run`. Refused if it is none of that stage."""
+    file = run / f"A{stage}.json"
     arch = flags.read_arch(file)
-    if arch.stage != stage - 1:
-        raise Refused(f"{file}: no network of A{stage - 1}")
+    if arch.space not in SPACES or arch.stage != stage:
+        raise Refused(f"{file}: no network of A{stage} of {' or '.join(SPACES)}")
     return arch
 
 
@@ -177,10 +183,7 @@ def open_supernet(run, stage):
     """The supernet of a stage, on the CPU, from A<stage>.json and A<stage>.pt in the folder `run`. Refused if
     these are not what a search writes.
     """
-    file, weights = run / f"A{stage}.json", run / f"A{stage}.pt"
-    arch = flags.read_arch(file)
-    if arch.space not in SPACES or arch.stage != stage:
-        raise Refused(f"{file}: no network of A{stage} of {' or '.join(SPACES)}")
+    arch, weights = network_of(run, stage), run / f"A{stage}.pt"
     space = SPACES[arch.space][stage]._replace(resolution=arch.resolution)
     with torch.device("meta"):                      # takes no memory for what the file does not hold
         supernet = SuperNet(space, arch.in_channels, arch.classes)
@@ -190,7 +193,7 @@ def open_supernet(run, stage):
             raise RuntimeError("its alphas are not finite")
     except RuntimeError as error:
         why = " ".join(str(error).split()[:12])
-        raise Refused(f"{weights} is not the supernet of {file.name} ({why} ..)") from None
+        raise Refused(f"{weights} is not the supernet of A{stage}.json ({why} ..)") from None
     return supernet
 
 
@@ -226,6 +229,8 @@ def main(argv=None):
         raise Refused("a budget must be above 0")
     files.read_json(args.run / "args.json")                                 # else it is no run
     stages = [k for k in range(5) if (args.run / f"A{k}.pt").exists() and args.stage in (None, k)]
+    if not (args.points or args.flops or args.params or args.latency):
+        stages = stages[-1:]
     supernets = [open_supernet(args.run, k) for k in stages]
     if not supernets:
         raise Refused(f"{args.run} has no A{args.stage or 0}.pt: no such stage was finished")
@@ -275,7 +280,7 @@ def front(supernets, before, points, accuracy):
 
 def under_budget(args, supernets, before, accuracy):
     """(name of its file, `Arch`): the network of `budget.spend` for the budget which `args` names, or without
-    one the last supernet's most likely. Of args.refine likely ones it is the most accurate.
+    one the supernet's most likely. Of args.refine likely ones it is the most accurate.
     """
     budget = args.flops or args.params or args.latency
     if args.latency:
@@ -286,7 +291,6 @@ def under_budget(args, supernets, before, accuracy):
         show, name = f"{{:,.0f}} {unit}".format, f"{name}-{budget:.0f}"
         tables = [space_costs(supernet, cost) for supernet in supernets]
     else:
-        supernets, before = supernets[-1:], before[-1:]
         show, name = str, f"A{supernets[0].space.stage}-likely"
         tables = [space_costs(supernets[0])]
     spaces = spaces_of(supernets, tables, before, budget)

@@ -4,6 +4,7 @@ Tables 1 and 5-8 (the spaces A0..A4) and Table 2 (the eight candidates) are copi
 `SPACES` holds them read: a `Space` is a chain of `Block`s, each with the options that the search chooses
 from. An `Arch` is one network: a chain of choices that were made.
 """
+import itertools
 import json
 import math
 from typing import NamedTuple
@@ -262,6 +263,12 @@ class Arch(NamedTuple):
         _need(2 * arch.resolution > strides,
               f"resolution {arch.resolution} is too small for a total stride of {strides}")
         return arch
+
+
+def positions(network):
+    """Where each block of an `Arch` or a `Space` stands: (its row in the tables, its place in that row)."""
+    rows = list(itertools.accumulate(not block.residual for block in network.blocks))
+    return [(row - 1, rows[:n].count(row)) for n, row in enumerate(rows)]
 
 
 def total_stride(blocks):

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from space import CANDIDATES, SPACES
+from space import CANDIDATES, SPACES, positions
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")      # Okabe and Ito's
 STEM, HEAD = (-1, 0), (99, 0)                                   # columns of architectures.png
@@ -35,12 +35,6 @@ styled = style.context({
     "hatch.linewidth": 0.7, "patch.linewidth": 0.7, "axes.spines.top": False, "axes.spines.right": False,
     "legend.frameon": False, "text.parse_math": False, "errorbar.capsize": 2, "xtick.minor.size": 3.5,
     "xtick.minor.pad": 3.5, "figure.dpi": 200, "figure.constrained_layout.use": True}, after_reset=True)
-
-
-def positions(arch):
-    """Where each block of an `Arch` or a `Space` stands: (its row in the tables, its place in that row)."""
-    rows = list(itertools.accumulate(not block.residual for block in arch.blocks))
-    return [(row - 1, rows[:n].count(row)) for n, row in enumerate(rows)]
 
 
 def expansions(arch):

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from machinery import flags, settings
 from machinery.files import Refused
-from machinery.pictures import COLOURS, positions, save, styled
+from machinery.pictures import COLOURS, save, styled
 
 import copy
 
@@ -30,6 +30,7 @@ import search
 from derive import arch_of, evaluate_derived, open_supernet
 from grow import WIDENINGS, grow
 from results.networks import add, draw, rows
+from space import positions
 from supernet import SuperNet
 
 ROWS = Path(__file__).with_name("growth.jsonl")
