@@ -77,9 +77,11 @@ def rank(args):
 
 def interval(one, other):
     """Difference of two means, and half of its 95 % interval (Welch's)."""
-    a, b = (np.var(x, ddof=1) / len(x) for x in (one, other))
+    difference, (a, b) = np.mean(one) - np.mean(other), (np.var(x, ddof=1) / len(x) for x in (one, other))
+    if a + b == 0:
+        return difference, 0.0
     degrees = int((a + b) ** 2 / (a ** 2 / (len(one) - 1) + b ** 2 / (len(other) - 1)))
-    return np.mean(one) - np.mean(other), T975[min(max(degrees, 1), len(T975)) - 1] * (a + b) ** 0.5
+    return difference, T975[min(max(degrees, 1), len(T975)) - 1] * (a + b) ** 0.5
 
 
 def kendall(one, other):

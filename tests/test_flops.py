@@ -66,20 +66,10 @@ def random_arch(space, channels, classes, seed):
 
 # ---- candidates and networks against PyTorch
 
-def uses():
-    """Every (pixels, stride, expand) at which a block of either space runs, ours with 32 pixels too."""
-    found = set()
-    for space in (*SPACES["paper"], *SPACES["small"], *(s._replace(resolution=32) for s in SPACES["small"])):
-        pixels = (space.resolution + 1) // 2
-        for block in space.blocks:
-            found.add((pixels, block.stride, block.expand))
-            pixels = math.ceil(pixels / block.stride)
-    return sorted(found)
-
-
 @pytest.mark.parametrize("op", CANDIDATES)
-@pytest.mark.parametrize("pixels, stride, expand", uses())
-def test_candidate(op, pixels, stride, expand):
+@pytest.mark.parametrize("stride, expand", [(1, False), (1, True), (2, True)])
+@pytest.mark.parametrize("pixels", [7, 8])                      # odd and even; networks have the others
+def test_candidate(op, stride, expand, pixels):
     for inputs, hidden, outputs in ((8, 8, 12), (24, 72, 40)):  # of 8 channels a quarter is 2, and so 8
         hidden = hidden if expand else inputs
         with torch.device("meta"):
@@ -91,22 +81,18 @@ def test_candidate(op, pixels, stride, expand):
         assert y.shape == (1, outputs, found[-1].pixels, found[-1].pixels)
 
 
-def test_the_uses_are_many():
-    assert {p for p, _, _ in uses()} == {112, 56, 28, 14, 7} | {14, 7, 4} | {16, 8, 4}
-
-
 @pytest.mark.parametrize("space, channels, classes", STAGES)
 def test_networks(space, channels, classes):
-    for arch in (random_arch(space, channels, classes, 0), flops.middle_arch(space, channels, classes)):
-        with torch.device("meta"):
-            net = derive.Network(arch)
-        total, each = counter(net, channels, arch.resolution)
-        assert flops.macs(arch) == total
-        assert flops.params(arch) == numel(net)
-        for n, block in enumerate(net.blocks):                               # and block by block
-            mine = [layer for name, layer in flops.layers(arch).items() if name.startswith(f"{n} ")]
-            assert sum(layer.macs() for layer in mine) == each[f"Network.blocks.{n}"]
-            assert sum(layer.params() for layer in mine) == numel(block)
+    arch = random_arch(space, channels, classes, 0)
+    with torch.device("meta"):
+        net = derive.Network(arch)
+    total, each = counter(net, channels, arch.resolution)
+    assert flops.macs(arch) == total
+    assert flops.params(arch) == numel(net)
+    for n, block in enumerate(net.blocks):                                   # and block by block
+        mine = [layer for name, layer in flops.layers(arch).items() if name.startswith(f"{n} ")]
+        assert sum(layer.macs() for layer in mine) == each[f"Network.blocks.{n}"]
+        assert sum(layer.params() for layer in mine) == numel(block)
 
 
 class Steps(TorchDispatchMode):
