@@ -1,4 +1,5 @@
-"""The most likely network within a budget, exactly, and one that spends it: dynamic programming (Viterbi).
+"""The most likely network within a budget, exactly, and one that spends it: dynamic programming (Viterbi);
+and compound scaling, the simplest way to spend a larger one (Fig. 5).
 
 A network is a chain of choices, and what a block costs depends on its own choices and the width before it.
 So for a given penalty on a MAC the best network, the one of the largest log-likelihood - penalty x MACs, is
@@ -18,8 +19,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from flops import best_ends, bounds
-from space import CANDIDATES, positions
+from flops import best_ends, bounds, macs
+from space import CANDIDATES, SPACES, positions, round8
 
 
 class Solution(NamedTuple):
@@ -236,3 +237,34 @@ def alternatives(log_p, table, budget, count):
             break
         length *= 4
     return sorted(found, key=lambda solution: -solution.log_likelihood)
+
+
+def scale(arch, stage, target):
+    """Compound scaling (Fig. 5): `arch`, wider and deeper, as the network of a later `stage`, of at most
+    `target` MACs. Refused if not even `arch` fits.
+
+    The paper leaves its multipliers open: depth 1.2^phi and width 1.1^phi are EfficientNet's (Tan and Le
+    2019), for the largest phi that fits, in steps of 0.05. Stem, head and resolution stay. Widths go in the
+    steps of the space's own table, so that phi = 0 is `arch` itself. Rows of equal depth get a block at the
+    same phi, so the last steps may leave much of the target unused.
+    """
+    best, phi = None, 0.0
+    while macs(larger := scaled(arch, stage, 1.2 ** phi, 1.1 ** phi)) <= target:
+        best, phi = larger, phi + 0.05
+    if best is None:
+        raise Refused(f"the network of {macs(arch):,} MACs does not fit into {target:,.0f} at all")
+    return best
+
+
+def scaled(arch, stage, depth, width):
+    """`arch` with every row's depth and every block's widths multiplied; a row's last block is repeated."""
+    starts, blocks = [n for n, b in enumerate(arch.blocks) if not b.residual], []
+    steps = [b.widths[1] - b.widths[0] for b in SPACES[arch.space][arch.stage].blocks if not b.residual]
+    for start, end, step in zip(starts, [*starts[1:], None], steps, strict=True):
+        row = arch.blocks[start:end]
+        more = round(len(row) * depth) - len(row)
+        for b in [*row, *[row[-1]._replace(stride=1, residual=True, expand=True)] * more]:
+            inputs = blocks[-1].out if blocks else arch.stem
+            hidden = round8(b.hidden * width) if b.expand else inputs
+            blocks.append(b._replace(hidden=hidden, out=int(b.out * width / step + 0.5) * step))
+    return arch._replace(stage=stage, blocks=tuple(blocks))

@@ -25,7 +25,7 @@ from budget import alternatives, choose_stage, keep_operations, spend, viterbi, 
 from flops import Layer, bounds, costs, each, macs, params
 from network import Network
 from ops import middle
-from space import CANDIDATES, SPACES, round8
+from space import CANDIDATES, SPACES
 from supernet import CHOICES, SuperNet
 
 RECALIBRATION = 32              # training batches that measure a derived network's batch-norm statistics
@@ -146,37 +146,6 @@ def evaluate_derived(arch, supernet, loader, parts, *position):
     batches = loader.shuffled(parts[0], *position, shard=processes.shard())
     processes.average_buffers(recalibrate(network, itertools.islice(batches, RECALIBRATION)))
     return network, evaluate(network, loader, parts[1])
-
-
-def scale(arch, stage, target):
-    """Compound scaling (Fig. 5): `arch`, wider and deeper, as the network of a later `stage`, of at most
-    `target` MACs. Refused if not even `arch` fits.
-
-    The paper leaves its multipliers open: depth 1.2^phi and width 1.1^phi are EfficientNet's (Tan and Le
-    2019), for the largest phi that fits, in steps of 0.05. Stem, head and resolution stay. Widths go in the
-    steps of the space's own table, so that phi = 0 is `arch` itself. Rows of equal depth get a block at the
-    same phi, so the last steps may leave much of the target unused.
-    """
-    best, phi = None, 0.0
-    while macs(larger := scaled(arch, stage, 1.2 ** phi, 1.1 ** phi)) <= target:
-        best, phi = larger, phi + 0.05
-    if best is None:
-        raise Refused(f"the network of {macs(arch):,} MACs does not fit into {target:,.0f} at all")
-    return best
-
-
-def scaled(arch, stage, depth, width):
-    """`arch` with every row's depth and every block's widths multiplied; a row's last block is repeated."""
-    starts, blocks = [n for n, b in enumerate(arch.blocks) if not b.residual], []
-    steps = [b.widths[1] - b.widths[0] for b in SPACES[arch.space][arch.stage].blocks if not b.residual]
-    for start, end, step in zip(starts, [*starts[1:], None], steps, strict=True):
-        row = arch.blocks[start:end]
-        more = round(len(row) * depth) - len(row)
-        for b in [*row, *[row[-1]._replace(stride=1, residual=True, expand=True)] * more]:
-            inputs = blocks[-1].out if blocks else arch.stem
-            hidden = round8(b.hidden * width) if b.expand else inputs
-            blocks.append(b._replace(hidden=hidden, out=int(b.out * width / step + 0.5) * step))
-    return arch._replace(stage=stage, blocks=tuple(blocks))
 
 
 def open_supernet(run, stage):

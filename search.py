@@ -21,7 +21,8 @@ import data
 import distill
 import flops
 import plot
-from derive import derive, evaluate_derived, network_before, open_supernet, scale
+from budget import scale
+from derive import derive, evaluate_derived, network_before, open_supernet
 from grow import describe, grow
 from network import Network
 from space import SPACES

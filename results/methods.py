@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import flops
-from derive import scale
+from budget import scale
 from results import networks
 from results.compare import T975, interval
 

@@ -29,7 +29,16 @@ from torch import nn
 from torch.testing import assert_close
 
 import derive
-from budget import alternatives, choose_stage, keep_operations, most_likely, spend, viterbi, viterbi_list
+from budget import (
+    alternatives,
+    choose_stage,
+    keep_operations,
+    most_likely,
+    scale,
+    spend,
+    viterbi,
+    viterbi_list,
+)
 from derive import Network, inherit, space_costs
 from flops import bounds
 from space import SPACES, Arch
@@ -377,7 +386,7 @@ def test_compound_scaling_fits_its_budget_and_grows_all_rows_alike():
     arch = chosen(SPACES["small"][1], random_options(SPACES["small"][1], seeded(3)))
     sizes = []
     for factor in (1, 1.5, 2, 4):
-        scaled = derive.scale(arch, 2, factor * macs(arch))
+        scaled = scale(arch, 2, factor * macs(arch))
         assert macs(scaled) <= factor * macs(arch) and scaled.stage == 2
         assert Arch.from_json(scaled.to_json()) == scaled
         assert (scaled.stem, scaled.head, scaled.resolution) == (arch.stem, arch.head, arch.resolution)
@@ -394,7 +403,7 @@ def test_compound_scaling_fits_its_budget_and_grows_all_rows_alike():
         sizes.append(macs(scaled))
     assert sizes == sorted(sizes) and sizes[0] == macs(arch) and sizes[-1] > 2 * macs(arch)
     with pytest.raises(ValueError, match="does not fit"):
-        derive.scale(arch, 1, macs(arch) - 1)
+        scale(arch, 1, macs(arch) - 1)
 
 
 def test_compound_scaling_begins_at_the_network_itself_and_goes_in_the_steps_of_its_table():
@@ -402,8 +411,8 @@ def test_compound_scaling_begins_at_the_network_itself_and_goes_in_the_steps_of_
     rows = [b for b in space.blocks if not b.residual]
     for _ in range(20):                                                   # widths of 12, 20, 28 among them
         arch = chosen(space, random_options(space, g), 3, 1000)
-        assert derive.scale(arch, 2, macs(arch)) == arch._replace(stage=2)
+        assert scale(arch, 2, macs(arch)) == arch._replace(stage=2)
         n = -1
-        for block in derive.scale(arch, 2, 2 * macs(arch)).blocks:
+        for block in scale(arch, 2, 2 * macs(arch)).blocks:
             n += not block.residual
             assert (block.out - rows[n].widths[0]) % (rows[n].widths[1] - rows[n].widths[0]) == 0

@@ -11,7 +11,7 @@ import torch
 import data
 import flops
 import train
-from derive import scale
+from budget import scale
 from results import many, methods, networks
 
 ARGS = argparse.Namespace(stages=[0, 1, 4], searches=3, epochs=3)
