@@ -10,6 +10,7 @@ from machinery.run import Run
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import shlex
@@ -81,15 +82,16 @@ def train_stage(supernet, teacher, loader, parts, args, run):
 
         require_grad(weights, True), require_grad(alphas, False)
         sgd.zero_grad()                                # to None: SGD leaves alone what is not sampled
-        metrics = backward(supernet, teacher, next(w_batches), (*seed, 0), tau, lam, args.accumulate)
+        draw = functools.partial(supernet.sample, tau, uniform=args.draw == "uniform")
+        metrics = backward(supernet, teacher, next(w_batches), draw, (*seed, 0), lam, args.accumulate)
         if run.synchronise(weights, metrics):
             sgd.step()
 
         if step % WEIGHTS_A_STEP == WEIGHTS_A_STEP - 1:
             require_grad(weights, False), require_grad(alphas, True)
             adam.zero_grad()
-            # At temperature 0: alpha judges networks, and not mixtures of two
-            metrics = backward(supernet, teacher, next(alpha_batches), (*seed, 1), 0, lam, args.accumulate)
+            draw = functools.partial(supernet.sample, 0)        # alpha judges networks, no mixtures of two
+            metrics = backward(supernet, teacher, next(alpha_batches), draw, (*seed, 1), lam, args.accumulate)
             if run.synchronise(alphas, metrics, "alpha_"):
                 step_sampled(adam, alphas)
 
@@ -102,11 +104,12 @@ def train_stage(supernet, teacher, loader, parts, args, run):
                      "alphas": history})
 
 
-def backward(supernet, teacher, batch, seed, tau, lam, pieces):
+def backward(supernet, teacher, batch, draw, seed, lam, pieces):
     """Eq. 4 on two sampled paths, and its gradients, which are added to the parameters' .grad.
 
-    batch: x (B, C, H, W) and y (B,), computed in so many pieces. seed: numbers that seed the paths, the same
-    for all pieces; tau: temperature of the gates; lam: Eq. 4's lambda. Returns loss and accuracy: (2,).
+    batch: x (B, C, H, W) and y (B,), computed in so many pieces. draw: a function of a generator that samples
+    the two paths; seed: numbers that seed it, the same for all pieces; lam: Eq. 4's lambda. Returns loss
+    and accuracy: (2,).
     """
     metrics = 0
     for x, y in zip(*(part.chunk(pieces) for part in batch)):
@@ -114,8 +117,7 @@ def backward(supernet, teacher, batch, seed, tau, lam, pieces):
         if teacher is not None:
             with torch.no_grad():
                 soft = teacher(x)                                                       # (B, classes)
-        path = supernet.sample(tau, data.generator(*seed))
-        logits = supernet(x, path)                                                      # (B, classes)
+        logits = supernet(x, draw(data.generator(*seed)))                               # (B, classes)
         loss, share = distill.loss(logits, soft, y, lam), len(y) / len(batch[1])
         (share * loss).backward()
         accuracy = (logits.detach().argmax(1) == y).float().mean()

@@ -103,8 +103,9 @@ class SuperNet(nn.Module):
         return [{name: [round(p, 4) for p in F.softmax(alpha.detach(), 0).tolist()]
                  for name, alpha in block.alphas.items()} for block in self.blocks]
 
-    def sample(self, tau, generator):  # task 2.2
-        """Draw two paths at temperature tau: for each block a dict from `CHOICES` to `Draw`.
+    def sample(self, tau, generator, uniform=False):  # task 2.2
+        """Draw two paths at temperature tau: for each block a dict from `CHOICES` to `Draw`. If
+        `uniform`, all operations of a block are equally likely, whatever alpha says.
 
         Gumbel top-2: the two largest of logits + Gumbel noise are a draw without replacement from their
         softmax. At tau = 0, the limit, the gates are 1 and 0, which is one network; their gradient is then
@@ -114,7 +115,8 @@ class SuperNet(nn.Module):
         all of them. The noise, -log of exponential draws, comes from the CPU's `generator`, so that every
         device and process draws the same.
         """
-        alphas = self.alphas()
+        alphas = [torch.zeros_like(alpha) if uniform and name == "op" else alpha
+                  for block in self.blocks for name, alpha in block.alphas.items()]
         sizes = [len(alpha) for alpha in alphas]
         noise = -torch.empty(sum(sizes)).exponential_(generator=generator).log()
         logits = pad_sequence(alphas, batch_first=True, padding_value=-math.inf)      # (choices, options)

@@ -59,7 +59,8 @@ def log_likelihood(arch, supernet):
 
 def rank(args):
     """Random networks of each stage: log-likelihood and accuracy by several searches' supernets; trained."""
-    known = {(row["search"], row["stage"], row["number"]) for row in networks.rows(RANKS)}
+    known = {(row["search"], row["stage"], row["number"]) for row in networks.rows(RANKS)
+             if row["flags"] == args.flags}
     drawn = {stage: networks.random_networks(stage, args.draws) for stage in args.stages}
     for stage, which in itertools.product(args.stages, range(args.searches)):
         supernet = open_supernet(Path(args.runs) / f"seed{which}", stage)
@@ -67,8 +68,8 @@ def rank(args):
             if (which, stage, n) not in known:
                 position = 0, stage, STATISTICS
                 _, accuracy = evaluate_derived(arch, supernet, *networks.loader_of(128), *position)
-                networks.add(RANKS, {"search": which, "stage": stage, "number": n, "accuracy": accuracy,
-                                     "log_likelihood": log_likelihood(arch, supernet)})
+                networks.add(RANKS, {"search": which, "flags": args.flags, "stage": stage, "number": n,
+                                     "accuracy": accuracy, "log_likelihood": log_likelihood(arch, supernet)})
     networks.train_all([("random", n, arch, seed, args.epochs) for stage in args.stages
                         for n, arch in enumerate(drawn[stage]) for seed in range(args.seeds)], args)
 
@@ -142,11 +143,14 @@ def rankings(stage, drawn):
     """Print what the order of random networks by supernets, and by size, has to do with that by training."""
     archs = networks.random_networks(stage, 1 + max(drawn))
     ranks = [row for row in networks.rows(RANKS) if row["stage"] == stage]
-    every = {name: [{row["number"]: row[key] for row in ranks if row["search"] == which}
-                    for which in sorted({row["search"] for row in ranks})]
-             for name, key in (("accuracy with the supernet's weights", "accuracy"),
-                               ("log-likelihood under alpha", "log_likelihood"))}
-    every["number of parameters"] = [{n: flops.params(archs[n]) for n in drawn}]
+    every = {"number of parameters": [{n: flops.params(archs[n]) for n in drawn}]}
+    for given in sorted({tuple(row["flags"]) for row in ranks}):
+        mine = [row for row in ranks if tuple(row["flags"]) == given]
+        for name, key in (("accuracy with the supernet's weights", "accuracy"),
+                          ("log-likelihood under alpha", "log_likelihood")):
+            every[" ".join((name, *given))] = [
+                {row["number"]: row[key] for row in mine if row["search"] == which}
+                for which in sorted({row["search"] for row in mine})]
     for name, found in every.items():
         both = sorted(set(drawn).intersection(*found))
         if found and len(both) > 4:
@@ -154,8 +158,10 @@ def rankings(stage, drawn):
             truth = np.array([drawn[n][1] for n in both])
             tau, low, high = with_interval(kendall, values, truth)
             more, least, most = with_interval(highest_fifth, values, truth)
+            best = truth[values.argmax(1)].mean()                               # random search
             print(f"A{stage} {name}: tau {tau:+.2f} [{low:+.2f}, {high:+.2f}], its highest fifth {more:+.2f} "
-                  f"[{least:+.2f}, {most:+.2f}] points (n = {len(both)}, {len(found)} rankings)")
+                  f"[{least:+.2f}, {most:+.2f}] points, its best {best:.2f} (n = {len(both)}, {len(found)} "
+                  "rankings)")
 
 
 def table(args):

@@ -32,7 +32,9 @@ SEARCHED = {"searched": [],
             "neither": ["--no-grow", "--no-distill"],
             "network teaches": ["--teacher", "network"],
             "zero": ["--widen", "zero"],
-            "split": ["--widen", "split"]}
+            "split": ["--widen", "split"],
+            "uniform draws": ["--draw", "uniform"]}
+OWN_A0 = {"searched", "uniform draws"}          # of all others A0 is that of the curriculum
 WORDS = {"searched": "AdaSearch (CST)", "direct": "direct search", "naive": "naive progressive search",
          "scaling": "compound scaling-up", "random": "random networks", "neither": "baseline",
          "no distillation": "SuperNet2SuperNet alone", "no growth": "distillation alone"}
@@ -46,7 +48,7 @@ def found(args):
     """
     grown, archs = [stage for stage in args.stages if stage], []
     for kind, given in SEARCHED.items():
-        stages = grown if given else args.stages                        # of A0 there is one for all
+        stages = args.stages if kind in OWN_A0 else grown
         archs += [(kind, seed, arch) for seed, arch in networks.derived(given, args.searches, stages)]
     bases = [("scaling", seed, base) for seed, base in networks.derived([], args.searches, [0])]
     drawn = networks.random_networks(0, args.searches)
@@ -67,7 +69,7 @@ def trained(args):
     """{(kind, stage): {number: (MACs in M, accuracy in %)}}; all ways share the A0 of the curriculum."""
     table = {(kind, stage): numbers for stage in range(5)
              for kind, numbers in networks.trained(stage, args.epochs).items()}
-    for kind in {kind for kind, _ in table} & {*SEARCHED, "scaling"} - {"searched"}:
+    for kind in {kind for kind, _ in table} & {*SEARCHED, "scaling"} - OWN_A0:
         first = table.get(("searched", 0), {})
         table[kind, 0] = {n: point for n, point in first.items() if n < args.searches}
     return table

@@ -4,7 +4,8 @@
 
 MobileNetV3-small, MobileNetV2 and ShuffleNetV2, each at the width that comes nearest to the MACs of a target,
 as rows of the run's trained.json, which plot.py draws in black: the same images, recipe, initialisation and
-seed, and train.py's flags for them.
+seed, and train.py's flags for them. With --validate they are evaluated on the search's validation split, and
+nothing is written.
 
 Adapted to 28 x 28 pixels as the small space is: stem of stride 2, two more strides (28, 14, 7, 4), 256
 channels in the last 1x1 convolution, and depths as they were. MobileNets keep their first and third stride
@@ -113,7 +114,7 @@ def parse(argv):
                    help="MACs (those of A0, A2 and A4)")
     own, rest = p.parse_known_args(argv)
     args = settings.train_parser(None).parse_args([str(own.dir), *rest])
-    for flag in ("init", "export", "validate", "out", "jobs"):
+    for flag in ("init", "export", "out", "jobs"):
         if getattr(args, flag) != settings.train_parser(None).get_default(flag):
             raise files.Refused(f"--{flag} is for train.py alone")
     return own, args
@@ -126,10 +127,14 @@ def main(argv=None):
     args.out = args.run_folder = folder
     wanted = settings.own_images(args, archs)
     args.data = wanted.data
-    images, test_images = (flags.load_images(wanted, part, folder) for part in ("train", "test"))
+    images = flags.load_images(wanted, "train", folder)
+    test_images = images if args.validate else flags.load_images(wanted, "test", folder)
     train.check(args, archs, images)
-    device, index = processes.choose_device(args.device), torch.arange(len(images.labels))
-    test_index, results = torch.arange(len(test_images.labels)), folder / "trained.json"
+    device, results = processes.choose_device(args.device), folder / "trained.json"
+    parts = torch.arange(len(images.labels)), torch.arange(len(test_images.labels))
+    if args.validate:
+        parts = data.split(images.labels, wanted.seed)
+    statistics = images.statistics(parts[0])
     trained = {row["name"] for row in files.read_json(results, list)} if results.exists() else ()
     targets = own.targets or [flops.macs(arch) for arch in list(archs.values())[::2]]
     with contextlib.ExitStack() as stack, processes.catch_signals() as signals:
@@ -145,17 +150,20 @@ def main(argv=None):
                 initialise(network, data.generator(args.seed, n, train.INITIAL))
                 params = sum(p.numel() for p in network.parameters())
                 print(f"{name}: {count / 1e6:.3f} M MACs, {params / 1e6:.3f} M parameters", flush=True)
-                loader, test_loader = (data.Loader(part, images.statistics(index), given.batch_size, device)
+                loader, test_loader = (data.Loader(part, statistics, given.batch_size, device)
                                        for part in (images, test_images))
                 asked = {key: getattr(given, key) for key in train.SETTINGS} | {"reference": name}
-                run = Run(folder / f"{name}.last.pt", asked, device, signals, most_skipped=0)
+                checkpoint = None if args.validate else folder / f"{name}.last.pt"
+                run = Run(checkpoint, asked, device, signals, most_skipped=0)
                 if args.resume:
                     run.resume()
 
                 def test(network, loader=test_loader):
-                    return evaluate(network, loader, test_index)
+                    return evaluate(network, loader, parts[1])
                 network = network.to(device, memory_format=torch.channels_last)
-                train.train(network, n, loader, index, test, given, run)
+                train.train(network, n, loader, parts[0], test, given, run)
+                if args.validate:
+                    continue
                 epochs = run.state["rows"]
                 row = {"name": name, "stage": n, "init": "scratch", "flops": count, "params": params,
                        "accuracy": epochs[-1]["accuracy"], "seconds": run.seconds(), "seed": args.seed,

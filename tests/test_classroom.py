@@ -50,6 +50,8 @@ WRONG = [
     ("2.2", "perturbed.gather(1, options) / (tau or 1.0)", "perturbed.gather(1, options)"),
     ("2.2", "perturbed.gather(1, options) / (tau or 1.0)", "logits.gather(1, options) / (tau or 1.0)"),
     ("2.2", " - gates).detach()", " - gates)"),
+    ("2.2", 'if uniform and name == "op"', "if uniform"),
+    ("2.2", 'if uniform and name == "op"', "if not uniform and name == 'op'"),
     ("2.2", "if tau == 0", "if tau < 0"),
     ("2.2", "exponential_(generator=generator)", "exponential_()"),
     ("2.2", "perturbed.topk(2).indices.sort().values", "perturbed.topk(2).indices"),

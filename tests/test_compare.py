@@ -108,13 +108,15 @@ def test_rows_are_kept_and_nothing_is_done_twice(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "open_supernet", lambda run, stage: supernet)
     for _ in range(2):
         compare.main(["find", "--stages", "0", "--searches", "2", "--draws", "2", "--epochs", "1"])
-        compare.main(["rank", "--stages", "0", "--epochs", "1", "--searches", "1"])
+        for given in ([], ["--flags", "--draw", "uniform"]):
+            compare.main(["rank", "--stages", "0", "--epochs", "1", "--searches", "1", *given])
         rows = networks.rows(networks.NETWORKS)
         assert sorted((row["kind"], row["number"], row["seed"]) for row in rows) == [
             ("by hand", 0, 0), ("largest", 0, 0), ("random", 0, 0), ("random", 1, 0),
             ("searched", 0, 0), ("searched", 1, 0)]
         assert [row["seed"] for row in networks.rows(networks.SEARCHES)] == [0, 1]
-        assert [row["number"] for row in networks.rows(compare.RANKS)] == [0, 1]
+        assert [(row["number"], len(row["flags"])) for row in networks.rows(compare.RANKS)] == [
+            (0, 0), (1, 0), (0, 2), (1, 2)]
     by = {(row["kind"], row["number"], row["seed"]): row for row in rows}
     assert by["searched", 0, 0]["accuracy"] == by["random", 0, 0]["accuracy"]     # the same network and seed
     assert all(flops.macs(Arch.from_json(row["arch"])) == row["flops"] for row in rows)

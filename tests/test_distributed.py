@@ -50,7 +50,8 @@ def stage(space=0, taught=False, lr=0.1, steps=STEPS, spoil=None, double=False):
     parts = data.split(images.labels, 0)
     loader = data.Loader(images, images.statistics(parts[0]), BATCH)
     args = argparse.Namespace(batch_size=BATCH, epochs=[steps / (len(parts[0]) // BATCH)] * 5, lr=lr, seed=0,
-                              alpha_lr=0.02, accumulate=1, weight_decay=1e-4, checkpoint_every=1)
+                              alpha_lr=0.02, accumulate=1, weight_decay=1e-4, checkpoint_every=1,
+                              draw="uniform")
     nets = [SuperNet(SPACES["small"][k], 1, 10, data.generator(n)) for n, k in enumerate((space, 0))]
     teacher = Network(derive(nets[1])).eval() if taught else None
     if taught:

@@ -128,6 +128,7 @@ FLAGS = [
     ("search", "--data cifar10", "put cifar-10-python.tar.gz into"),
     ("search", "--method darts", "--method.*choose from"),
     ("search", "--widen random", "--widen.*choose from"),
+    ("search", "--draw fairly", "--draw.*choose from"),
     ("search", "--teacher nobody", "--teacher.*choose from"),
     ("search", "--epochs 0", "--epochs: .* at least"),
     ("search", "--epochs 1 2", "--epochs: 2 values for 5 stages; give one for each"),

@@ -62,7 +62,21 @@ def test_they_become_points_of_the_curve(tmp_path, monkeypatch, capsys):
     assert not capsys.readouterr().out and json.loads((tmp_path / "trained.json").read_text()) == rows
 
 
-@pytest.mark.parametrize("flag", ["--validate", "--init inherit", "--export net.pt2", "--out elsewhere"])
+@pytest.mark.slow
+def test_on_the_validation_split_nothing_is_written(tmp_path, monkeypatch, capsys):
+    asked, images = [], data.fake(60, (0,))
+    monkeypatch.setattr(data, "load", lambda name, part: asked.append(part) or images)
+    monkeypatch.setattr(reference, "evaluate", lambda network, loader, index: asked.append(index) or 0.5)
+    (tmp_path / "A0.json").write_text(SPACES["small"][0].arch([(0, 0, 0)] * 5, 1, 10).to_json())
+    reference.main([str(tmp_path), "--data", "fake", "--epochs", "1", "--batch-size", "30", "--validate",
+                    "--targets", "0.9M", "--device", "cpu"])
+    parts = data.split(images.labels, 0)
+    assert asked[0] == "train" and len(asked) == 4 and all(torch.equal(i, parts[1]) for i in asked[1:])
+    assert capsys.readouterr().out.count("accuracy 50.00 %") == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["A0.json"]
+
+
+@pytest.mark.parametrize("flag", ["--init inherit", "--export net.pt2", "--out elsewhere"])
 def test_flags_that_mean_nothing_here_are_refused(tmp_path, flag, capsys):
     with pytest.raises(SystemExit):
         reference.main([str(tmp_path), *flag.split()])

@@ -9,6 +9,7 @@ import argparse
 import copy
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -149,17 +150,20 @@ def alike(**logits):
     return net
 
 
-def test_pairs_are_drawn_without_replacement_from_the_softmax():
+@pytest.mark.parametrize("uniform", [False, True])
+def test_pairs_are_drawn_without_replacement_from_the_softmax(uniform):
+    """If they are drawn uniformly, that of operations is alike for all."""
     logits = {"op": [0.0, 1.0, -1.0, 0.5, 2.0, -0.5, 0.2, 0.0], "expansion": [0.3, -2.0, 1.0, 0.0],
               "width": [0.0, 3.0, 1.0]}
     net, counts, n = alike(**logits), {name: {} for name in logits}, 0
     for step in range(120):
-        for draws in net.sample(1.0, seeded(step)):
+        for draws in net.sample(1.0, seeded(step), uniform):
             n += 1
             for name in logits:
                 pair = draws[name].options
                 counts[name][pair] = counts[name].get(pair, 0) + 1
     for name, values in logits.items():
+        values = [0.0] * 8 if uniform and name == "op" else values
         total = sum(math.exp(v) for v in values)
         p = [math.exp(v) / total for v in values]
         chi2, pairs = 0.0, list(itertools.combinations(range(len(p)), 2))
@@ -260,7 +264,7 @@ def test_a_weight_step_moves_what_it_sampled_and_nothing_else(teacher):
         before = copy.deepcopy(net.state_dict())
         wanted = sampled(net, net.sample(1.0, data.generator(step, 0)))
         sgd.zero_grad()
-        backward(net, teacher, (images(4, 1, 16, step), y), (step, 0), 1.0, 0.3, 1)
+        backward(net, teacher, (images(4, 1, 16, step), y), partial(net.sample, 1.0), (step, 0), 0.3, 1)
         sgd.step()
         moved = {name for name, now in net.state_dict().items() if not torch.equal(now, before[name])}
         assert moved == wanted
@@ -289,7 +293,7 @@ def test_an_alpha_step_has_a_gradient_for_the_sampled_options_alone():
     require_grad(net.weights(), False)
     for step in range(4):
         net.zero_grad()
-        backward(net, None, (images(4, 1, 28, step), y), (step,), 1.0, 0.0, 1)
+        backward(net, None, (images(4, 1, 28, step), y), partial(net.sample, 1.0), (step,), 0.0, 1)
         path = net.sample(1.0, data.generator(step))
         for alpha, (drawn, moving) in zip(net.alphas(), active(net, path), strict=True):
             others = [o for o in range(len(alpha)) if o not in drawn]
@@ -306,7 +310,7 @@ def test_an_alpha_step_moves_the_sampled_options_alone_whatever_their_momentum()
         weights = {name: p.detach().clone() for name, p in net.named_parameters() if ".alphas." not in name}
         wanted = active(net, net.sample(1.0, data.generator(step, 1)))
         adam.zero_grad()
-        backward(net, None, (images(4, 1, 28, step), y), (step, 1), 1.0, 0.0, 1)
+        backward(net, None, (images(4, 1, 28, step), y), partial(net.sample, 1.0), (step, 1), 0.0, 1)
         step_sampled(adam, net.alphas())
         now = dict(net.named_parameters())
         assert all(torch.equal(now[name], p) for name, p in weights.items())
