@@ -126,17 +126,16 @@ def lengths(stage, trained):
 
 
 def kinds(stage, found):
-    """Print the accuracies of each kind of network, and the difference of searched and random ones."""
+    """Print the accuracy of each kind of network, and by how much it is above that of random ones."""
     by = {kind: [accuracy for _, accuracy in numbers.values()] for kind, numbers in found.items()}
-    text = f"A{stage}"
     for kind, values in sorted(by.items()):
         deviation = f" +- {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-        text += f"  {kind} {np.mean(values):.2f}{deviation} (n = {len(values)})"
-    if min(len(by.get(kind, ())) for kind in ("searched", "random")) > 1:
-        difference, half = interval(by["searched"], by["random"])
-        text += (f"  searched - random {difference:+.2f} +- {half:.2f}, "
-                 f"relative {100 * difference / np.mean(by['random']):+.2f} %")
-    print(text)
+        text = f"A{stage} {kind} {np.mean(values):.2f}{deviation} (n = {len(values)})"
+        if kind != "random" and min(len(values), len(by["random"])) > 1:
+            difference, half = interval(values, by["random"])
+            text += (f", above random {difference:+.2f} +- {half:.2f}, "
+                     f"relative {100 * difference / np.mean(by['random']):+.2f} %")
+        print(text)
 
 
 def rankings(stage, drawn):
