@@ -79,16 +79,14 @@ PAPER = ((  # Table 1: A0
              (7,   "1x1",  None,               1280,           1),
              (1,   "fc",   None,               1000,           1)))
 
-# The same rules for images of 28-32 pixels on a CPU: five searched rows instead of seven, of which the first
-# is the same for all. Strides, the stem's first, are 2, 1, 2, 1, 2, 1 (the paper's: 2, 1, 2, 2, 2, 1, 2, 1).
-# Expansions are about 0.6 of the paper's, the widths of the last rows a third to a half; depth grows from 5
-# blocks to 11.
-SMALL = tuple((
-             (28,  "3x3",  1,                  16,             1),
-             (14,  "tbs",  1,                  (8, 16, 8),     1),
-             *rows,
-             (4,   "1x1",  None,               256,            1),
-             (1,   "fc",   None,               10,             1)) for rows in (
+# The same rules for images of 28-32 pixels on a CPU: five searched rows instead of seven. Strides, the stem's
+# first, are 2, 1, 2, 1, 2, 1 (the paper's: 2, 1, 2, 2, 2, 1, 2, 1). Expansions are about 0.6 of the paper's,
+# the widths of the last rows a third to a half; depth grows from 5 blocks to 11. Four rows never change.
+FIRST = (    (28,  "3x3",  1,                  16,             1),
+             (14,  "tbs",  1,                  (8, 16, 8),     1))
+LAST = (     (4,   "1x1",  None,               256,            1),
+             (1,   "fc",   None,               10,             1))
+SMALL = tuple((*FIRST, *rows, *LAST) for rows in (
          (  # A0
              (14,  "tbs",  (0.75, 2.25, 0.5),  (16, 24, 8),    1),
              (7,   "tbs",  (0.75, 2.25, 0.5),  (16, 32, 8),    1),

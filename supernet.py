@@ -105,7 +105,7 @@ class SuperNet(nn.Module):
 
     def sample(self, tau, generator, uniform=False):  # task 2.2
         """Draw two paths at temperature tau: for each block a dict from `CHOICES` to `Draw`. If
-        `uniform`, all operations of a block are equally likely, whatever alpha says.
+        `uniform`, operations are drawn and weighted as if their logits were equal.
 
         Gumbel top-2: the two largest of logits + Gumbel noise are a draw without replacement from their
         softmax. At tau = 0, the limit, the gates are 1 and 0, which is one network; their gradient is then

@@ -284,16 +284,17 @@ def test_task_2_2_pairs_are_drawn_without_replacement_from_the_softmax():
                found.count((a, b)) / len(found), wanted, 0.04)
 
 
-def test_task_2_2_uniform_draws_do_not_ask_the_logits_of_operations():
-    net = alike()
+def test_task_2_2_uniform_draws_are_those_of_equal_logits_of_operations():
+    net, equal = alike(), alike()
     with torch.no_grad():
         for block in net.blocks:
             block.alphas["op"][0] = 5.0
-    found = [draws for seed in range(50) for draws in net.sample(1.0, seeded(seed), uniform=True)[1:]]
-    expect("how often a uniform draw has the operation that alpha likes, of eight",
-           sum(0 in draws["op"].options for draws in found) / len(found), 2 / 8, 0.04)
-    expect("how often two widths that are drawn beside it have the first, of probability 0.6",
-           sum(0 in draws["width"].options for draws in found) / len(found), 0.924, 0.04)
+    paths = net.sample(1.0, seeded(), uniform=True), equal.sample(1.0, seeded())
+    for n, (mine, wanted) in enumerate(zip(*paths)):
+        for name in ("op", "expansion", "width"):
+            (options, gates), (others, their) = mine[name], wanted[name]
+            expect(f"block {n}, {name}: the options of a uniform draw", options, others)
+            expect(f"block {n}, {name}: the gates of a uniform draw", gates, their)
 
 
 def test_task_2_2_gates_are_of_the_perturbed_logits():

@@ -39,7 +39,7 @@ def find(args):
     """All kinds of networks of each stage."""
     networks.search_all(range(args.searches), args.runs, args.flags, args.jobs)
     found = networks.derived(args.flags, args.searches, args.stages)
-    wanted = [("searched", seed, arch) for seed, arch in found]
+    wanted = [(" ".join(("searched", *args.flags)), seed, arch) for seed, arch in found]
     for stage in args.stages:
         wanted += [("largest", 0, networks.largest(stage)), ("by hand", 0, networks.by_hand(stage))]
         wanted += [("random", n, arch) for n, arch in enumerate(networks.random_networks(stage, args.draws))]
@@ -63,7 +63,7 @@ def rank(args):
              if row["flags"] == args.flags}
     drawn = {stage: networks.random_networks(stage, args.draws) for stage in args.stages}
     for stage, which in itertools.product(args.stages, range(args.searches)):
-        supernet = open_supernet(Path(args.runs) / f"seed{which}", stage)
+        supernet = open_supernet(networks.folder_of(args.runs, args.flags, which), stage)
         for n, arch in enumerate(drawn[stage]):
             if (which, stage, n) not in known:
                 position = 0, stage, STATISTICS
@@ -96,14 +96,19 @@ def highest_fifth(ranking, truth):
     return truth[np.argsort(-ranking)[:max(1, len(truth) // 5)]].mean() - truth.mean()
 
 
+def difference_of_taus(pair, truth):
+    """Kendall's tau of the first of a pair of rankings (2, n), less that of the second."""
+    return kendall(pair[0], truth) - kendall(pair[1], truth)
+
+
 def with_interval(statistic, rankings, truth, resamples=2000):
-    """(the mean of statistic(ranking, truth) over rankings (r, n), low, high): with the 95 % interval by
+    """(the mean of statistic(ranking, truth) over rankings (r, .., n), low, high): with the 95 % interval by
     bootstrap over the n networks.
     """
     generator, n = np.random.default_rng(0), len(truth)
 
     def mean(which):
-        return np.mean([statistic(ranking[which], truth[which]) for ranking in rankings])
+        return np.mean([statistic(ranking[..., which], truth[which]) for ranking in rankings])
     resampled = [mean(generator.integers(n, size=n)) for _ in range(resamples)]
     return mean(np.arange(n)), *np.nanpercentile(resampled, (2.5, 97.5))
 
@@ -131,7 +136,7 @@ def kinds(stage, found):
     for kind, values in sorted(by.items()):
         deviation = f" +- {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
         text = f"A{stage} {kind} {np.mean(values):.2f}{deviation} (n = {len(values)})"
-        if kind != "random" and min(len(values), len(by["random"])) > 1:
+        if kind != "random" and min(len(values), len(by["random"])) > 2:
             difference, half = interval(values, by["random"])
             text += (f", above random {difference:+.2f} +- {half:.2f}, "
                      f"relative {100 * difference / np.mean(by['random']):+.2f} %")
@@ -139,28 +144,33 @@ def kinds(stage, found):
 
 
 def rankings(stage, drawn):
-    """Print what the order of random networks by supernets, and by size, has to do with that by training."""
-    archs = networks.random_networks(stage, 1 + max(drawn))
-    ranks = [row for row in networks.rows(RANKS) if row["stage"] == stage]
-    every = {"number of parameters": [{n: flops.params(archs[n]) for n in drawn}]}
-    for given in sorted({tuple(row["flags"]) for row in ranks}):
-        mine = [row for row in ranks if tuple(row["flags"]) == given]
-        for name, key in (("accuracy with the supernet's weights", "accuracy"),
-                          ("log-likelihood under alpha", "log_likelihood")):
-            every[" ".join((name, *given))] = [
-                {row["number"]: row[key] for row in mine if row["search"] == which}
-                for which in sorted({row["search"] for row in mine})]
-    for name, found in every.items():
-        both = sorted(set(drawn).intersection(*found))
-        if found and len(both) > 4:
-            values = np.array([[one[n] for n in both] for one in found])
-            truth = np.array([drawn[n][1] for n in both])
-            tau, low, high = with_interval(kendall, values, truth)
-            more, least, most = with_interval(highest_fifth, values, truth)
-            best = truth[values.argmax(1)].mean()                               # random search
-            print(f"A{stage} {name}: tau {tau:+.2f} [{low:+.2f}, {high:+.2f}], its highest fifth {more:+.2f} "
-                  f"[{least:+.2f}, {most:+.2f}] points, its best {best:.2f} (n = {len(both)}, {len(found)} "
-                  "rankings)")
+    """Print what the order of random networks by supernets, and by size, has to do with that by training.
+
+    drawn: {number: (MACs in M, accuracy in %)}. Supernets of other flags are compared with the default's.
+    """
+    found = {}                                  # {(what, *flags): {search seed: {number: what it is}}}
+    for row in networks.rows(RANKS):
+        for what in ("accuracy", "log_likelihood") if row["stage"] == stage else ():
+            seeds = found.setdefault((what, *row["flags"]), {})
+            seeds.setdefault(row["search"], {})[row["number"]] = row[what]
+    both = sorted(set(drawn).intersection(*(one for seeds in found.values() for one in seeds.values())))
+    if not found or len(both) < 5:
+        return
+    truth, archs = np.array([drawn[n][1] for n in both]), networks.random_networks(stage, 1 + max(both))
+    values = {name: np.array([[one[n] for n in both] for _, one in sorted(seeds.items())])
+              for name, seeds in sorted(found.items())}
+    values["parameters",] = np.array([[flops.params(archs[n]) for n in both]])
+    for name, mine in values.items():
+        tau, low, high = with_interval(kendall, mine, truth)
+        more, least, most = with_interval(highest_fifth, mine, truth)
+        print(f"A{stage} {' '.join(name)}: tau {tau:+.2f} [{low:+.2f}, {high:+.2f}], its highest fifth is "
+              f"{more:+.2f} [{least:+.2f}, {most:+.2f}] points above all, the first has "
+              f"{truth[mine.argmax(1)].mean():.2f} % (n = {len(both)}, {len(mine)} rankings)")
+        if name[1:] and len(values.get(name[:1], ())) == len(mine):
+            pairs = np.stack([mine, values[name[:1]]], 1)
+            tau, low, high = with_interval(difference_of_taus, pairs, truth)
+            print(f"A{stage} {' '.join(name)}: tau is {tau:+.2f} [{low:+.2f}, {high:+.2f}] above the "
+                  "default's")
 
 
 def table(args):
@@ -180,7 +190,8 @@ def main(argv=None):
     p.add_argument("question", choices=("find", "rank", "table"))
     p.add_argument("--draws", type=int, default=8, help="random networks a stage (8)")
     p.add_argument("--seeds", type=int, default=1, help="of training, 0, 1, .. (1)")
-    p.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="all that follows goes to search.py")
+    p.add_argument("--flags", nargs=argparse.REMAINDER, default=[],
+                   help="of the searches: all that follows goes to search.py")
     args = p.parse_args(argv)
     processes.choose_device(args.device)                        # refused here, and not after the searches
     {"find": find, "rank": rank, "table": table}[args.question](args)

@@ -3,8 +3,8 @@
     python results/methods.py run        # searches, then trains: rows of searches.jsonl and networks.jsonl
     python results/methods.py            # figure5.png and figure6.png, and what they show as text
 
-Every way searches with the same seeds, on the same images, for the same targets. A0 is the same for all of
-them: there nothing grows, and nobody teaches. Networks are trained as compare.py trains them.
+Every way searches with the same seeds, on the same images, for the same targets. A0 is the same for nearly
+all of them: there nothing grows, and nobody teaches. Networks are trained as compare.py trains them.
 """
 import sys
 from pathlib import Path
@@ -59,14 +59,13 @@ def found(args):
 
 def run(args):
     """Search by each way, and train what it derives."""
-    for kind, given in SEARCHED.items():
-        folder = Path(args.runs) / (kind.replace(" ", "-") if given else "")
-        networks.search_all(range(args.searches), folder, given, args.jobs)
+    for given in SEARCHED.values():
+        networks.search_all(range(args.searches), args.runs, given, args.jobs)
     networks.train_all([(kind, seed, arch, 0, args.epochs) for kind, seed, arch in found(args)], args)
 
 
 def trained(args):
-    """{(kind, stage): {number: (MACs in M, accuracy in %)}}; all ways share the A0 of the curriculum."""
+    """{(kind, stage): {number: (MACs in M, accuracy in %)}}; but for `OWN_A0` A0 is the curriculum's."""
     table = {(kind, stage): numbers for stage in range(5)
              for kind, numbers in networks.trained(stage, args.epochs).items()}
     for kind in {kind for kind, _ in table} & {*SEARCHED, "scaling"} - OWN_A0:
@@ -97,9 +96,11 @@ def text(args):
             if kind.startswith("random"):
                 difference, half = interval([accuracy for _, accuracy in ours.values()], accuracies)
                 line += f" ({len(points)})  {difference:+.2f} +- {half:.2f}"
-            elif kind != "searched" and stage:
-                differences.append({n: ours[n][1] - points[n][1] for n in points.keys() & ours.keys()})
-                line += " ({})  {:+.2f} +- {:.2f}".format(len(points), *paired([*differences[-1].values()]))
+            elif kind != "searched" and (stage or kind in OWN_A0):
+                difference = {n: ours[n][1] - points[n][1] for n in points.keys() & ours.keys()}
+                line += " ({})  {:+.2f} +- {:.2f}".format(len(points), *paired([*difference.values()]))
+                if stage:
+                    differences.append(difference)
             print(line)
         if differences:
             seeds = set.intersection(*map(set, differences))

@@ -204,10 +204,15 @@ def add_networks(given):
                   f"{seconds:.0f} s", flush=True)
 
 
+def folder_of(runs, flags_of_search, seed):
+    """The folder of a search below `runs`; searches with the same flags of search.py lie side by side."""
+    return Path(runs, "-".join(word.lstrip("-") for word in flags_of_search), f"seed{seed}")
+
+
 def add_search(wanted):
-    """Search with a seed into a folder, and add the rows of its stages."""
-    folder, seed, flags_of_search = wanted
-    out = Path(folder) / f"seed{seed}"
+    """Search with a seed below the folder `runs`, and add the rows of its stages."""
+    runs, seed, flags_of_search = wanted
+    out = folder_of(runs, flags_of_search, seed)
     search.main(["--seed", str(seed), "--out", str(out), "--resume", *flags_of_search])
     for row in json.loads((out / "summary.json").read_text()):
         arch = (out / f"A{row['stage']}.json").read_text()
@@ -235,7 +240,7 @@ def train_all(wanted, args):
     side_by_side(add_networks, shares, args.jobs)
 
 
-def search_all(seeds, folder, more, jobs):
+def search_all(seeds, runs, more, jobs):
     """Search with those seeds that have no rows in searches.jsonl with these flags yet."""
     known = {(row["seed"], *row["flags"]) for row in rows(SEARCHES)}
-    side_by_side(add_search, [(folder, seed, more) for seed in seeds if (seed, *more) not in known], jobs)
+    side_by_side(add_search, [(runs, seed, more) for seed in seeds if (seed, *more) not in known], jobs)

@@ -138,7 +138,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(folder):
-    # To fork is twice as fast, but cannot compute beside an accelerator
+    # Faster by forking, but a forked process cannot use an accelerator that its parent has initialised
     mp.start_processes(work, (folder,), 2,
                        start_method="spawn" if torch.accelerator.is_available() else "fork")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]

@@ -62,18 +62,26 @@ def test_they_become_points_of_the_curve(tmp_path, monkeypatch, capsys):
     assert not capsys.readouterr().out and json.loads((tmp_path / "trained.json").read_text()) == rows
 
 
-@pytest.mark.slow
-def test_on_the_validation_split_nothing_is_written(tmp_path, monkeypatch, capsys):
-    asked, images = [], data.fake(60, (0,))
+def test_on_the_validation_split_nothing_is_written(tmp_path, monkeypatch):
+    images, asked, trained, evaluated = data.fake(60, (0,)), [], [], []
+
+    def train(network, stage, loader, index, test, args, run):
+        trained.append((loader, index))
+        test(network)
     monkeypatch.setattr(data, "load", lambda name, part: asked.append(part) or images)
-    monkeypatch.setattr(reference, "evaluate", lambda network, loader, index: asked.append(index) or 0.5)
+    monkeypatch.setattr(reference.train, "train", train)
+    monkeypatch.setattr(reference, "evaluate", lambda network, *given: evaluated.append(given))
     (tmp_path / "A0.json").write_text(SPACES["small"][0].arch([(0, 0, 0)] * 5, 1, 10).to_json())
-    reference.main([str(tmp_path), "--data", "fake", "--epochs", "1", "--batch-size", "30", "--validate",
-                    "--targets", "0.9M", "--device", "cpu"])
+    reference.main([str(tmp_path), "--data", "fake", "--batch-size", "30", "--validate", "--targets", "0.9M",
+                    "--device", "cpu"])
     parts = data.split(images.labels, 0)
-    assert asked[0] == "train" and len(asked) == 4 and all(torch.equal(i, parts[1]) for i in asked[1:])
-    assert capsys.readouterr().out.count("accuracy 50.00 %") == 3
-    assert [path.name for path in tmp_path.iterdir()] == ["A0.json"]
+    wanted = data.Loader(images, images.statistics(parts[0]), 30)
+    for seen, part in ((trained, parts[0]), (evaluated, parts[1])):
+        assert len(seen) == 3
+        for loader, index in seen:
+            assert torch.equal(index, part)
+            assert torch.equal(loader.mean, wanted.mean) and torch.equal(loader.std, wanted.std)
+    assert asked == ["train"] and [path.name for path in tmp_path.iterdir()] == ["A0.json"]
 
 
 @pytest.mark.parametrize("flag", ["--init inherit", "--export net.pt2", "--out elsewhere"])
