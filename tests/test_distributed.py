@@ -237,7 +237,7 @@ def test_shards_make_up_the_batch(n):
         assert torch.equal(torch.cat([s[k][1] for s in shards]), y)
 
 
-# A process that kills itself: with SIGKILL, in the n-th step of the first launch.
+# A process that kills itself: with SIGKILL, in the n-th update, of w or alpha, of the first launch.
 DIES = """
 import os, signal, sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
@@ -262,7 +262,7 @@ def torchrun(*command):
 
 
 def dying(folder, script="search", rank=1, n=10):
-    """n: of the step; none for 0."""
+    """n: of the update, of which there are three in two steps; none for 0."""
     file = folder / f"dies-{rank}-{n}.py"
     file.write_text(DIES.format(root=str(ROOT), script=script, rank=rank, n=n))
     return str(file)
@@ -285,7 +285,7 @@ def test_without_a_restart_a_death_ends_the_run_and_it_can_go_on(folder, two, tm
     out = tmp_path / "run"
     ended = torchrun(dying(tmp_path, rank=rank), *SHORT, "--out", str(out))
     assert ended.returncode
-    assert torch.load(out / "last.pt", weights_only=True)["step"] == 8
+    assert torch.load(out / "last.pt", weights_only=True)["step"] == 4         # it died in the seventh
     done = torchrun(dying(tmp_path, n=0), "--resume", "--out", str(out))
     assert done.returncode == 0, done.stderr
     assert same(contents(folder / "run"), contents(out))
