@@ -78,7 +78,8 @@ def rank(args):
 
 def interval(one, other):
     """Difference of two means, and half of its 95 % interval (Welch's)."""
-    difference, (a, b) = np.mean(one) - np.mean(other), (np.var(x, ddof=1) / len(x) for x in (one, other))
+    difference = np.mean(one) - np.mean(other)
+    a, b = (np.var(x, ddof=1) / len(x) for x in (one, other))
     if a + b == 0:
         return difference, 0.0
     degrees = int((a + b) ** 2 / (a ** 2 / (len(one) - 1) + b ** 2 / (len(other) - 1)))
