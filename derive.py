@@ -13,7 +13,6 @@ from machinery.files import Refused
 
 import itertools
 import json
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -166,30 +165,9 @@ def open_supernet(run, stage):
     return supernet
 
 
-def parser():
-    p = flags.Parser("derive.py", __doc__, "derive.py RUN [flags]")
-    p.add_argument("run", type=Path, metavar="RUN", help="folder of a search")
-    p.add_argument("--stage", type=int, choices=range(5),
-                   help="one of A0..A4 (all that the run has; without a budget its last)")
-    g = p.add_mutually_exclusive_group()
-    g.add_argument("--flops", type=flags.amount, metavar="F", help="a budget of MACs, as in 2M (k, M, G)")
-    g.add_argument("--params", type=flags.amount, metavar="P", help="a budget of parameters, as in 100k")
-    g.add_argument("--latency", type=flags.duration, metavar="T",
-                   help="a budget of time for one image on this machine's CPU, as in 2ms; suffixes us, ms, "
-                   "s. What layers take is measured, and kept in the run's latency.json")
-    g.add_argument("--points", type=flags.number(int, 2, 1000), metavar="N",
-                   help="the front: N networks from the cheapest to the dearest, each measured (2 to 1000)")
-    p.add_argument("--refine", type=flags.number(int, 1, 1000), default=1, metavar="N",
-                   help="measure N likely networks near the budget and take the best (1: none)")
-    p.add_argument("--data", type=flags.data_name, metavar="DIR",
-                   help="of --points and --refine: where the run's images are now")
-    p.add_argument("--out", type=Path, metavar="FILE", help="the JSON file (in the run's folder)")
-    return p
-
-
 @flags.command
 def main(argv=None):
-    args = parser().parse_args(argv)
+    args = settings.derive_parser(__doc__).parse_args(argv)
     if args.points and args.refine > 1:
         raise Refused("--refine is for one budget, not for --points")
     if args.data and not args.points and args.refine == 1:

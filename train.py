@@ -10,8 +10,8 @@ images: the network of the last epoch counts.
 """
 from machinery import export, files, flags, folder, processes
 from machinery.files import Refused
-from machinery.results import curves
-from machinery.run import Run, differences
+from machinery.results import curves, enter, is_trained, read_trained
+from machinery.run import Run
 from machinery.settings import own_images, train_parser
 from machinery.workers import cores
 
@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import io
 import itertools
-import json
 import math
 import os
 
@@ -31,7 +30,7 @@ import data
 import flops
 import plot
 from derive import RECALIBRATION, evaluate, inherit, open_supernet, recalibrate
-from network import Network, load, save
+from network import Network, save
 from ops import initialise
 
 # The paper says 180 epochs of ImageNet; the other values for it are common ones. Those for small images are
@@ -133,14 +132,6 @@ def read_archs(what):
     return {file.stem: flags.read_arch(file) for file in paths}, paths[0].parent
 
 
-def read_trained(path):
-    """The `network.TrainedNetwork` in a file. Refused if it holds none."""
-    try:
-        return load(path)
-    except ValueError as error:
-        raise Refused(error) from None
-
-
 def check(args, archs, images):
     """Refused if what the flags name does not fit together."""
     for name, arch in archs.items():
@@ -179,33 +170,6 @@ def check_size(arch, args, images, device):
         raise Refused(f"{args.name} needs {need:,.1f} GB to train with --batch-size {args.batch_size}, by an "
                       f"estimate that is rather low, but there are {has:,.1f}: take a larger --accumulate, "
                       "or a smaller network")
-
-
-def is_trained(args, settings):
-    """Whether args.out has the network that is asked for, trained with these settings.
-
-    Refused if there is one of other settings, or if --resume is missing where something would be overwritten.
-    """
-    path, checkpoint = args.out / f"{args.name}.net.pt", args.out / f"{args.name}.last.pt"
-    for file in (path, checkpoint):
-        if file.exists() and not args.resume:
-            raise Refused(f"{file} is there already: --resume goes on, or skips what is trained; another "
-                          "--out trains anew")
-    if not path.exists() or checkpoint.exists():    # with both, its row in trained.json may be missing
-        return False
-    facts = read_trained(path).facts
-    for key, before, value in differences(facts["trained_on"] | {"network": facts["arch"]}, settings):
-        raise Refused(f"{path} was trained with {key} {before}, not {value}: choose another --out")
-    return True
-
-
-def enter(file, row):
-    """Write `row` into a trained.json, in place of the one of its name and init."""
-    def key(row):
-        return row["name"], row["init"]
-    rows = files.read_json(file, list) if file.exists() else []
-    rows = [*(other for other in rows if key(other) != key(row)), row]
-    files.write(file, json.dumps(sorted(rows, key=key), indent=1) + "\n")
 
 
 def train_one(arch, images, test_images, parts, args, run):

@@ -1,11 +1,13 @@
-"""What a run has left in its folder, read back for tables and pictures. Broken files are refused by name."""
+"""What a run and its trainings leave in a folder, read back. Broken files are refused by name."""
 from machinery import files
+from machinery.run import differences
 
 import contextlib
 import json
 import math
 from pathlib import Path
 
+from network import load
 from space import CANDIDATES, Arch
 
 NAMED, NO_SETTING = ("method", "data", "space"), ("seed", "device", "checkpoint_every", "workers")
@@ -128,3 +130,38 @@ def history(run):
     if not any(stages.values()):
         raise Missing(f'no "alphas" in {file}: the run is older than they are, or was not searched')
     return {stage: sorted(steps.items()) for stage, steps in stages.items() if steps}
+
+
+def read_trained(path):
+    """The `network.TrainedNetwork` in a file. Refused if it holds none."""
+    try:
+        return load(path)
+    except ValueError as error:
+        raise files.Refused(error) from None
+
+
+def is_trained(args, settings):
+    """Whether args.out has the network that is asked for, trained with these settings.
+
+    Refused if there is one of other settings, or if --resume is missing where something would be overwritten.
+    """
+    path, checkpoint = args.out / f"{args.name}.net.pt", args.out / f"{args.name}.last.pt"
+    for file in (path, checkpoint):
+        if file.exists() and not args.resume:
+            raise files.Refused(f"{file} is there already: --resume goes on, or skips what is trained; "
+                                "another --out trains anew")
+    if not path.exists() or checkpoint.exists():    # with both, its row in trained.json may be missing
+        return False
+    facts = read_trained(path).facts
+    for key, before, value in differences(facts["trained_on"] | {"network": facts["arch"]}, settings):
+        raise files.Refused(f"{path} was trained with {key} {before}, not {value}: choose another --out")
+    return True
+
+
+def enter(file, row):
+    """Write `row` into a trained.json, in place of the one of its name and init."""
+    def key(row):
+        return row["name"], row["init"]
+    rows = files.read_json(file, list) if file.exists() else []
+    rows = [*(other for other in rows if key(other) != key(row)), row]
+    files.write(file, json.dumps(sorted(rows, key=key), indent=1) + "\n")

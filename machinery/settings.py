@@ -1,4 +1,4 @@
-"""The settings of a search and of a training: flags, defaults, and what must stay when one goes on."""
+"""The flags of search.py, derive.py and train.py, their defaults, and what must stay when a run goes on."""
 from machinery import files, flags, folder
 from machinery.files import Refused
 from machinery.flags import amount, number
@@ -64,6 +64,28 @@ def search_parser(description):
     g.add_argument("--dry-run", action="store_true",
                    help="measure a few steps, print what the run would cost, and stop")
     flags.run_flags(g)
+    return p
+
+
+def derive_parser(description):
+    """The flags of derive.py."""
+    p = flags.Parser("derive.py", description, "derive.py RUN [flags]")
+    p.add_argument("run", type=Path, metavar="RUN", help="folder of a search")
+    p.add_argument("--stage", type=int, choices=range(5),
+                   help="one of A0..A4 (all that the run has; without a budget its last)")
+    g = p.add_mutually_exclusive_group()
+    g.add_argument("--flops", type=amount, metavar="F", help="a budget of MACs, as in 2M (k, M, G)")
+    g.add_argument("--params", type=amount, metavar="P", help="a budget of parameters, as in 100k")
+    g.add_argument("--latency", type=flags.duration, metavar="T",
+                   help="a budget of time for one image on this machine's CPU, as in 2ms; suffixes us, ms, "
+                   "s. What layers take is measured, and kept in the run's latency.json")
+    g.add_argument("--points", type=number(int, 2, 1000), metavar="N",
+                   help="the front: N networks from the cheapest to the dearest, each measured (2 to 1000)")
+    p.add_argument("--refine", type=number(int, 1, 1000), default=1, metavar="N",
+                   help="measure N likely networks near the budget and take the best (1: none)")
+    p.add_argument("--data", type=flags.data_name, metavar="DIR",
+                   help="of --points and --refine: where the run's images are now")
+    p.add_argument("--out", type=Path, metavar="FILE", help="the JSON file (in the run's folder)")
     return p
 
 

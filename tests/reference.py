@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from machinery import files, flags, processes, settings
+from machinery.results import enter
 from machinery.run import Run
 
 import contextlib
@@ -168,7 +169,7 @@ def main(argv=None):
                 row = {"name": name, "stage": n, "init": "scratch", "flops": count, "params": params,
                        "accuracy": epochs[-1]["accuracy"], "seconds": run.seconds(), "seed": args.seed,
                        "epochs": epochs}
-                train.enter(results, row)
+                enter(results, row)
                 run.checkpoint_path.unlink()
 
 

@@ -365,7 +365,7 @@ def test_the_table_is_of_every_script_and_every_flag():
     """But for --help and switches that take no value and go with everything."""
     rows = {script: " ".join(argv for name, argv, *_ in FLAGS + FILES if name == script) for script in MAIN}
     parsers = {"search": settings.search_parser(None), "train": settings.train_parser(None),
-               "derive": derive.parser()}
+               "derive": settings.derive_parser(None)}
     for script, p in parsers.items():
         for action in p._actions:
             if action.option_strings and action.nargs != 0:
@@ -375,7 +375,8 @@ def test_the_table_is_of_every_script_and_every_flag():
 
 def test_help_fits_a_screen(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    for p in (settings.search_parser(search.__doc__), settings.train_parser(train.__doc__), derive.parser()):
+    for p in (settings.search_parser(search.__doc__), settings.train_parser(train.__doc__),
+              settings.derive_parser(derive.__doc__)):
         assert len(p.format_help().splitlines()) <= 50
 
 
