@@ -36,8 +36,8 @@ def search_parser(description):
                    help="every stage from scratch, without SuperNet2SuperNet (Fig. 6)")
     g.add_argument("--no-distill", dest="distill", action="store_false",
                    help="without the teacher of Eq. 4 (Fig. 6)")
-    g.add_argument("--draw", choices=("alpha", "uniform"), default="alpha", metavar="HOW",
-                   help="the operations of the weights' paths: by alpha, or uniformly (alpha)")
+    g.add_argument("--draw", choices=("uniform", "alpha"), default="uniform", metavar="HOW",
+                   help="the operations of the paths on which w learns: uniformly, or by alpha (uniform)")
     g.add_argument("--teacher", choices=("supernet", "network"), default="supernet", metavar="WHO",
                    help="the previous supernet, or its derived network (supernet, Eq. 4)")
     g.add_argument("--widen", choices=("eq3", "split", "zero", "naive"), default="eq3", metavar="HOW",

@@ -22,24 +22,26 @@ from budget import scale
 from results import networks
 from results.compare import T975, interval
 
-# search.py's flags of each way, the curriculum first. The paper gives each stage of a direct search as many
-# epochs as A0; all others have the same epochs.
-SEARCHED = {"searched": [],
-            "direct": ["--method", "direct", "--epochs", "1"],
-            "naive": ["--method", "naive"],
-            "no distillation": ["--no-distill"],
-            "no growth": ["--no-grow"],
-            "neither": ["--no-grow", "--no-distill"],
-            "network teaches": ["--teacher", "network"],
-            "zero": ["--widen", "zero"],
-            "split": ["--widen", "split"],
-            "uniform draws": ["--draw", "uniform"]}
-OWN_A0 = {"searched", "uniform draws"}          # of all others A0 is that of the curriculum
-WORDS = {"searched": "AdaSearch (CST)", "direct": "direct search", "naive": "naive progressive search",
+ALPHA = ["--draw", "alpha"]                     # the default was this when the ways were searched
+CURRICULUM = "searched --draw alpha"            # compare.py's name of it
+# search.py's flags of each way. The paper gives each stage of a direct search as many epochs as A0; all
+# others have the same epochs.
+SEARCHED = {CURRICULUM: ALPHA,
+            "searched": [],
+            "direct": ["--method", "direct", "--epochs", "1", *ALPHA],
+            "naive": ["--method", "naive", *ALPHA],
+            "no distillation": ["--no-distill", *ALPHA],
+            "no growth": ["--no-grow", *ALPHA],
+            "neither": ["--no-grow", "--no-distill", *ALPHA],
+            "network teaches": ["--teacher", "network", *ALPHA],
+            "zero": ["--widen", "zero", *ALPHA],
+            "split": ["--widen", "split", *ALPHA]}
+OWN_A0 = {CURRICULUM, "searched"}               # of all others A0 is that of the curriculum
+WORDS = {CURRICULUM: "AdaSearch (CST)", "direct": "direct search", "naive": "naive progressive search",
          "scaling": "compound scaling-up", "random": "random networks", "neither": "baseline",
          "no distillation": "SuperNet2SuperNet alone", "no growth": "distillation alone"}
-FIGURES = {"figure5": ("searched", "direct", "naive", "scaling", "random"),
-           "figure6": ("searched", "no distillation", "no growth", "neither")}
+FIGURES = {"figure5": (CURRICULUM, "direct", "naive", "scaling", "random"),
+           "figure6": (CURRICULUM, "no distillation", "no growth", "neither")}
 
 
 def found(args):
@@ -50,7 +52,7 @@ def found(args):
     for kind, given in SEARCHED.items():
         stages = args.stages if kind in OWN_A0 else grown
         archs += [(kind, seed, arch) for seed, arch in networks.derived(given, args.searches, stages)]
-    bases = [("scaling", seed, base) for seed, base in networks.derived([], args.searches, [0])]
+    bases = [("scaling", seed, base) for seed, base in networks.derived(ALPHA, args.searches, [0])]
     drawn = networks.random_networks(0, args.searches)
     bases += [("random scaled", n, base) for n, base in enumerate(drawn)]
     return archs + [(kind, n, scale(base, stage, flops.TARGETS["small"][stage]))
@@ -69,7 +71,7 @@ def trained(args):
     table = {(kind, stage): numbers for stage in range(5)
              for kind, numbers in networks.trained(stage, args.epochs).items()}
     for kind in {kind for kind, _ in table} & {*SEARCHED, "scaling"} - OWN_A0:
-        first = table.get(("searched", 0), {})
+        first = table.get((CURRICULUM, 0), {})
         table[kind, 0] = {n: point for n, point in first.items() if n < args.searches}
     return table
 
@@ -88,15 +90,15 @@ def text(args):
     for kind in [*SEARCHED, "scaling", "random scaled", "random"]:
         differences = []                                        # a dict of search seeds a stage
         for stage in args.stages:
-            points, ours = table.get((kind, stage), {}), table.get(("searched", stage), {})
+            points, ours = table.get((kind, stage), {}), table.get((CURRICULUM, stage), {})
             if len(points) < 2 or len(ours) < 2:
                 continue
             accuracies = [accuracy for _, accuracy in points.values()]
-            line = f"A{stage} {kind:16} {np.mean(accuracies):.2f} +- {np.std(accuracies, ddof=1):.2f}"
+            line = f"A{stage} {kind:21} {np.mean(accuracies):.2f} +- {np.std(accuracies, ddof=1):.2f}"
             if kind.startswith("random"):
                 difference, half = interval([accuracy for _, accuracy in ours.values()], accuracies)
                 line += f" ({len(points)})  {difference:+.2f} +- {half:.2f}"
-            elif kind != "searched" and (stage or kind in OWN_A0):
+            elif kind != CURRICULUM and (stage or kind in OWN_A0):
                 difference = {n: ours[n][1] - points[n][1] for n in points.keys() & ours.keys()}
                 line += " ({})  {:+.2f} +- {:.2f}".format(len(points), *paired([*difference.values()]))
                 if stage:
@@ -106,11 +108,11 @@ def text(args):
             seeds = set.intersection(*map(set, differences))
             means = [np.mean([each[n] for each in differences]) for n in seeds]
             if len(means) > 1:
-                print("all of them, {:16} {:+.2f} +- {:.2f} ({})".format(kind, *paired(means), len(means)))
+                print("all of them, {:21} {:+.2f} +- {:.2f} ({})".format(kind, *paired(means), len(means)))
         mine = [row for row in every if row["flags"] == SEARCHED.get(kind) and row["seed"] < args.searches]
         if mine:
             seconds = sum(row["seconds"] for row in mine) / len({row["seed"] for row in mine})
-            print(f"seconds a search, {kind:16} {seconds:.0f}")
+            print(f"seconds a search, {kind:21} {seconds:.0f}")
 
 
 @styled

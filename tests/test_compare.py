@@ -108,7 +108,7 @@ def test_rows_are_kept_and_nothing_is_done_twice(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "open_supernet", lambda run, stage: opened.append(run) or supernet)
     for _ in range(2):
         compare.main(["find", "--stages", "0", "--searches", "2", "--draws", "2", "--epochs", "1"])
-        for given in ([], ["--flags", "--draw", "uniform"]):
+        for given in ([], ["--flags", "--draw", "alpha"]):
             compare.main(["rank", "--stages", "0", "--epochs", "1", "--searches", "1", *given])
         rows = networks.rows(networks.NETWORKS)
         assert sorted((row["kind"], row["number"], row["seed"]) for row in rows) == [
@@ -118,7 +118,7 @@ def test_rows_are_kept_and_nothing_is_done_twice(tmp_path, monkeypatch, capsys):
         assert [(row["number"], len(row["flags"])) for row in networks.rows(compare.RANKS)] == [
             (0, 0), (1, 0), (0, 2), (1, 2)]
         runs = networks.HERE / "runs"
-        assert opened[-2:] == [runs / "seed0", runs / "draw-uniform" / "seed0"]
+        assert opened[-2:] == [runs / "seed0", runs / "draw-alpha" / "seed0"]
     by = {(row["kind"], row["number"], row["seed"]): row for row in rows}
     assert by["searched", 0, 0]["accuracy"] == by["random", 0, 0]["accuracy"]     # the same network and seed
     assert all(flops.macs(Arch.from_json(row["arch"])) == row["flops"] for row in rows)

@@ -60,12 +60,12 @@ def arch_rows(flags, seeds):
 
 
 def test_what_the_ways_derived_is_found_and_a0_is_scaled(monkeypatch):
-    every = [*arch_rows([], range(4)), *arch_rows(["--no-grow"], range(2)),
-             *arch_rows(["--draw", "uniform"], range(2)), *arch_rows(["--lr", "1"], range(2))]
+    every = [*arch_rows(methods.ALPHA, range(4)), *arch_rows(["--no-grow", *methods.ALPHA], range(2)),
+             *arch_rows([], range(2)), *arch_rows(["--lr", "1", *methods.ALPHA], range(2))]
     monkeypatch.setattr(networks, "rows", lambda file: every)
     found = methods.found(ARGS)
     first, last = ({(kind, seed) for kind, seed, arch in found if arch.stage == stage} for stage in (0, 4))
-    assert first == {*(("searched", n) for n in range(3)), ("uniform draws", 0), ("uniform draws", 1)}
+    assert first == {*((methods.CURRICULUM, n) for n in range(3)), ("searched", 0), ("searched", 1)}
     ways = {*first, ("no growth", 0), ("no growth", 1)}
     assert last == ways | {(kind, n) for kind in ("scaling", "random scaled") for n in range(3)}
     scaled = {kind: arch for kind, _, arch in found if arch.stage == 4}                 # the last of a kind
@@ -79,15 +79,15 @@ def test_ways_are_compared_at_equal_seeds(monkeypatch, capsys, tmp_path):
     def row(kind, stage, number, accuracy):
         return {"kind": kind, "stage": stage, "number": number, "seed": 0, "epochs": 3,
                 "accuracy": accuracy / 100, "flops": 1_000_000 * (stage + 1)}
-    ours = [row("searched", stage, n, 90 + 10 * n % 7) for stage in (0, 1, 4) for n in range(3)]
+    ours = [row(methods.CURRICULUM, stage, n, 90 + 10 * n % 7) for stage in (0, 1, 4) for n in range(3)]
     theirs = [row("naive", stage, n, 90 + 10 * n % 7 - n - 1) for stage in (1, 4) for n in range(3)]
-    theirs += [row("uniform draws", 0, n, 80 + n) for n in range(3)]                # it has an A0 of its own
+    theirs += [row("searched", 0, n, 80 + n) for n in range(3)]                # it has an A0 of its own
     monkeypatch.setattr(networks, "rows", lambda file: ours + theirs if file == networks.NETWORKS else [])
     methods.text(ARGS)
     said = capsys.readouterr().out
-    assert "A0 uniform draws    81.00" in said
+    assert "A0 searched              81.00" in said
     assert said.count("+2.00 +- 2.48") == 3 and said.count("naive") == 4         # A1, A4, all; and A0
-    figure = methods.picture(("searched", "naive", "direct"), ARGS, tmp_path / "figure.png")
+    figure = methods.picture((methods.CURRICULUM, "naive", "direct"), ARGS, tmp_path / "figure.png")
     lines = {line.get_label(): line.get_xydata() for line in figure.axes[0].lines}
     mean = np.mean([row["accuracy"] for row in ours[:3]]) * 100
     assert np.allclose(lines["AdaSearch (CST) (n = 3)"], [(1, mean), (2, mean), (5, mean)])
