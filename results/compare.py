@@ -174,6 +174,17 @@ def rankings(stage, drawn):
                   "default's")
 
 
+def minutes():
+    """Print how long searches with each flags took, in the mean over their seeds, on one thread each."""
+    seconds = {}                                # {command: {search seed: [seconds of each stage]}}
+    for row in networks.rows(networks.SEARCHES):
+        by_seed = seconds.setdefault(" ".join(("search.py", *row["flags"])), {})
+        by_seed.setdefault(row["seed"], []).append(row["seconds"])
+    for command, by_seed in seconds.items():
+        mean = np.mean([sum(stages) for stages in by_seed.values()])
+        print(f"{command}: {mean / 60:.1f} minutes (n = {len(by_seed)})")
+
+
 def table(args):
     """What the rows say, as text: accuracy on the validation split in %."""
     every = networks.rows(networks.NETWORKS)
@@ -183,6 +194,7 @@ def table(args):
         if "random" in found:
             kinds(stage, found)
             rankings(stage, found["random"])
+    minutes()
 
 
 @flags.command

@@ -85,7 +85,7 @@ def text(args):
     """Print a line a way and stage: its accuracy, and by how much the curriculum's is above it. Ways that
     search are compared seed by seed, and over all grown stages by the means of their seeds.
     """
-    table, every = trained(args), networks.rows(networks.SEARCHES)
+    table = trained(args)
     print("mean accuracy +- deviation (n), and the curriculum's less it +- half of the 95 % interval")
     for kind in [*SEARCHED, "scaling", "random scaled", "random"]:
         differences = []                                        # a dict of search seeds a stage
@@ -109,10 +109,6 @@ def text(args):
             means = [np.mean([each[n] for each in differences]) for n in seeds]
             if len(means) > 1:
                 print("all of them, {:21} {:+.2f} +- {:.2f} ({})".format(kind, *paired(means), len(means)))
-        mine = [row for row in every if row["flags"] == SEARCHED.get(kind) and row["seed"] < args.searches]
-        if mine:
-            seconds = sum(row["seconds"] for row in mine) / len({row["seed"] for row in mine})
-            print(f"seconds a search, {kind:21} {seconds:.0f}")
 
 
 @styled

@@ -103,7 +103,7 @@ def test_rows_are_kept_and_nothing_is_done_twice(tmp_path, monkeypatch, capsys):
     networks.loader_of.cache_clear()
     arch = networks.random_networks(0, 1)[0].to_json()
     monkeypatch.setattr(networks, "add_search", lambda wanted: networks.add(networks.SEARCHES, {
-        "seed": wanted[1], "stage": 0, "flags": wanted[2], "arch": arch}))
+        "seed": wanted[1], "stage": 0, "flags": wanted[2], "arch": arch, "seconds": 1}))
     supernet, opened = SuperNet(SPACES["small"][0], 1, 10, data.generator(0)), []
     monkeypatch.setattr(compare, "open_supernet", lambda run, stage: opened.append(run) or supernet)
     for _ in range(2):
@@ -139,7 +139,11 @@ def test_the_table_compares_kinds_with_random_networks_and_flags_with_the_defaul
     ranks = [{"search": seed, "flags": given, "stage": 0, "number": n, "accuracy": sign * a,
               "log_likelihood": -sign * a} for n, a in enumerate(accuracies)
              for seed in range(2) for given, sign in ((["--x", "1"], 1), ([], -1))]
-    monkeypatch.setattr(networks, "rows", lambda file: ranks if file == compare.RANKS else trained)
+    searches = [{"flags": given, "seed": seed, "stage": stage, "seconds": 60 * (1 + seed)}
+                for given, seeds in (([], 2), (["--x", "1"], 1))
+                for seed in range(seeds) for stage in range(2)]
+    files = {networks.NETWORKS: trained, compare.RANKS: ranks, networks.SEARCHES: searches}
+    monkeypatch.setattr(networks, "rows", files.get)
     compare.main(["table", "--stages", "0", "--epochs", "1"])
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("A0 found 92.50 +- 1.87 (n = 6), above random +2.00 +- ")
@@ -151,6 +155,7 @@ def test_the_table_compares_kinds_with_random_networks_and_flags_with_the_defaul
         assert f" the first has {first:.2f} % (n = 6, 2 rankings)" in both[0]
         wanted = [f"A0 {what}: tau is {above}.00 [{above}.00, {above}.00] above the default's"]
         assert both[1:] == (wanted if above else [])
+    assert said[-2:] == ["search.py: 3.0 minutes (n = 2)", "search.py --x 1: 2.0 minutes (n = 1)"]
 
 
 def test_a_search_says_where_those_of_these_rows_ended():
