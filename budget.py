@@ -22,6 +22,8 @@ import torch
 from flops import best_ends, bounds, macs
 from space import CANDIDATES, SPACES, positions, round8
 
+SHARE = 0.95                    # of a budget, which a network should spend
+
 
 class Solution(NamedTuple):
     """A network of a space: for each block (operation, expansion, width) as indices, and what it is worth."""
@@ -31,9 +33,9 @@ class Solution(NamedTuple):
 
 
 def keep_operations(log_p, table, space, before, budget=None):
-    """`log_p` and the costs `table` of a `Space`, of whose networks those are left that have, in each block
-    which the `Arch` before has too, the same operation. All are left if before is None, or if the budget
-    lies below the cheapest of these, or above the dearest.
+    """Restrict the `log_p` and the costs `table` of a `Space` to networks that keep the operation of each
+    block of the `Arch` before. All are left if before is None, or if the budget lies below the cheapest of
+    these, or above the dearest.
 
     Other operations have log-probability -inf, and the cost of the one that is kept, so that the cheapest
     and the dearest network are among those that are left.
@@ -109,19 +111,19 @@ def most_likely(log_p, table, budget):
     return close_gap(log_p, table, budget, *bisect(log_p, table, budget, 0.0))
 
 
-def spend(log_p, table, budget, share=0.95):
-    """A likely `Solution` that spends a budget: at most all of it, and at least this share if it can be.
+def spend(log_p, table, budget):
+    """A likely `Solution` that spends a budget: at most all of it, and at least `SHARE` of it if it can be.
 
     It is the most likely one within the budget, exactly, if that costs enough. Else cost is rewarded until
-    networks come near the budget: of the 256 best at this reward, it is the best that costs enough, or where
-    none does, the one that comes nearest at a reward.
+    networks come near the budget: of the 256 best at this reward, it is the best that costs enough, or if
+    none does, the network of `bisect`.
     """
     solution = most_likely(log_p, table, budget)
-    if solution.cost >= share * budget:
+    if solution.cost >= SHARE * budget:
         return solution
     penalty, nearest = bisect(log_p, table, budget, -1e3 / budget)
     listed = viterbi_list(log_p, table, penalty, 256)
-    return next((s for s in listed if share * budget <= s.cost <= budget), nearest)
+    return next((s for s in listed if SHARE * budget <= s.cost <= budget), nearest)
 
 
 def bisect(log_p, table, budget, low):
@@ -195,8 +197,8 @@ def close_gap(log_p, table, budget, penalty, best):
 def choose_stage(spaces, budget, show, nearest=False):
     """(which stage, its `Solution`) for a budget, from the (log_p, table) of each of several stages.
 
-    Log-likelihoods of different spaces do not compare. The nats that a stage's most likely network loses to
-    the budget do: the stage that loses the least, and of equals the last, searched networks of this size.
+    Log-likelihoods of different spaces do not compare. What a stage's most likely network loses to the budget
+    does, in nats: the stage that loses the least is chosen, and of equals the last.
     nearest: the `Solution` is not the most likely within the budget, but the one at the penalty or reward
     that comes nearest to it from below. Refused, with bounds as `show` writes them, if no stage spans it.
     """
@@ -224,7 +226,7 @@ def alternatives(log_p, table, budget, count):
     list at this penalty has networks on both sides of the budget, and grows until enough lie within.
     """
     first = spend(log_p, table, budget)
-    least = min(0.95 * budget, first.cost)                               # the others spend it as well
+    least = min(SHARE * budget, first.cost)                               # the others spend it as well
     free = viterbi(log_p, table, 0.0).cost
     low = -1e3 / budget if free < first.cost else 0.0                    # the first was rewarded for its cost
     penalty = 0.0 if free == first.cost else bisect(log_p, table, budget, low)[0]

@@ -46,7 +46,7 @@ class Images(NamedTuple):
     def read(self, batches, shard, device):
         """Yield (x (B, C, H, W) uint8, y (B,)) of each (index, generator or None) of `batches`.
 
-        A generator augments. shard: (rank, world_size), for a slice of the batch, as it is in the whole one.
+        A generator augments. shard: (rank, world_size) selects a slice, augmented as in the whole batch.
         """
         rank, world_size = shard
         pixels, labels = self.pixels.to(device), self.labels.to(device)
@@ -84,8 +84,8 @@ def fashion(part, folder=FASHION):
     pixels = read_idx(folder / f"{part}-images-idx3-ubyte.gz", 3)[:, None]
     labels = read_idx(folder / f"{part}-labels-idx1-ubyte.gz", 1).long()
     if len(labels) != len(pixels) or labels.max() > 9:
-        raise ValueError(f"{folder}: {len(labels)} labels of {len(pixels)} images, from {labels.min()} to "
-                         f"{labels.max()}, not 0 to 9, a label an image")
+        raise ValueError(f"{folder}: {len(labels)} labels from {labels.min()} to {labels.max()} for "
+                         f"{len(pixels)} images: there must be one each, from 0 to 9")
     return Images(pixels, labels, tuple(FashionMNIST.classes))
 
 
@@ -119,7 +119,9 @@ def fake(n, position, classes=10, channels=1, size=28):
 
 
 def load(name, part):
-    """The `Images` of a data set in `NAMES`; part: train or test. OSError or ValueError: no whole files."""
+    """The `Images` of a data set in `NAMES`; part: train or test. OSError or ValueError if files are missing
+    or broken.
+    """
     if name == "fashion":
         return fashion("train" if part == "train" else "t10k")
     if name == "fake":

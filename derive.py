@@ -46,7 +46,7 @@ def space_costs(supernet, cost=Layer.macs):
 
 
 def arch_of(supernet, options):
-    """The `Arch` of the options chosen: for each block (operation, expansion, width) as indices."""
+    """`Space.arch` for the supernet's images and classes."""
     return supernet.space.arch(options, supernet.stem.in_channels, supernet.classifier.out_features)
 
 
@@ -64,9 +64,7 @@ def derive(supernet, flops=None, before=None):
 
 
 def spaces_of(supernets, tables, before, budget=None):
-    """[(log_p, costs), ..] of supernets and what they cost, where the networks before are kept as far as a
-    budget lets them.
-    """
+    """[(log_p, costs), ..], one a supernet, each restricted by `keep_operations`."""
     return [keep_operations(log_probabilities(supernet), table, supernet.space, arch, budget)
             for supernet, table, arch in zip(supernets, tables, before)]
 
@@ -181,6 +179,10 @@ def main(argv=None):
     supernets = [open_supernet(args.run, k) for k in stages]
     if not supernets:
         raise Refused(f"{args.run} has no A{args.stage or 0}.pt: no such stage was finished")
+    if args.out and args.out.resolve() in [(args.run / f"A{k}.json").resolve() for k in range(5)]:
+        raise Refused(f"--out {args.out} is a network of the run: name another file")
+    if args.out and not args.out.parent.is_dir():
+        raise Refused(f"--out {args.out}: there is no folder {args.out.parent}")
     accuracy = evaluator(args.run, args.data) if args.points or args.refine > 1 else None
     before = [network_before(args.run, k) for k in stages]
     if args.points:
@@ -190,8 +192,6 @@ def main(argv=None):
         name, arch = under_budget(args, supernets, before, accuracy)
         text = arch.to_json()
     path = args.out or args.run / f"{name}.json"
-    if path.resolve() in [(args.run / f"A{k}.json").resolve() for k in range(5)]:
-        raise Refused(f"--out {path} is a network of the run: name another file")
     files.write(path, text)
     print(f"written: {path}")
 

@@ -28,7 +28,7 @@ KWH_PER_CORE_HOUR = 280 / 64 / 1000
 TARGETS = {"paper": (107e6, 251e6, 369e6, 435e6, 512e6),
            "small": (0.89e6, 1.65e6, 2.24e6, 3.72e6, 4.84e6)}
 TABLE3_PARAMS = (2.3e6, 3.4e6, 5.8e6, 7.2e6, 8.4e6)
-IMAGES = {"paper": (3, 1000), "small": (1, 10)}              # channels and classes that the tables are for
+IMAGES = {"paper": (3, 1000), "small": (1, 10)}              # channels and classes of the tables
 
 
 class Layer(NamedTuple):
@@ -154,7 +154,7 @@ def each(cost):
 
 def best_ends(blocks, head, best):
     """For each block, by the width that comes in, the least (`best` is torch.amin) or the most (torch.amax)
-    that it and what follows it come to; the head's last. Exact, by dynamic programming over the widths.
+    that it and all that follows it sum to; the head's last. Exact, by dynamic programming over the widths.
     """
     ends = [head]
     for table in reversed(blocks):

@@ -160,10 +160,9 @@ def describe(old, new, x):
 
 @torch.no_grad()
 def movement(old, new, x):
-    """By how much growth moved the logits of the largest network on images x, relative to the largest of
-    them.
+    """The largest change of the largest network's logits on images x, relative to the largest logit.
 
-    The largest over all candidates. Float rounding leaves about 1e-6 where growth is exact.
+    Of all candidates the most. Float rounding leaves about 1e-6 where growth is exact.
     """
     moved = []
     for op in range(len(CANDIDATES)):

@@ -18,6 +18,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -29,6 +30,9 @@ from space import CANDIDATES, Arch, round8
 
 ACTIVATIONS = {"relu": nn.ReLU, "hswish": nn.Hardswish}
 
+# Image formats that are tried; a PostScript file would be run, by Ghostscript. Some builds lack AVIF.
+FORMATS = [name for name in ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+           if name in Image.registered_extensions().values()]
 # What reading foreign bytes may raise.
 BROKEN = (AttributeError, EOFError, LookupError, OverflowError, RuntimeError, TypeError, ValueError,
           pickle.UnpicklingError, struct.error, zipfile.BadZipFile, zlib.error)
@@ -175,10 +179,12 @@ def read_image(path, arch, crop):
     ValueError, with the path, if it cannot be read.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image = ImageOps.exif_transpose(image)
-            if image.mode[0] in "IF":
-                raise ValueError("more than 8 bits a channel")
+            if image.mode[0] == "I":                       # 16 bits; Pillow's own conversion cuts at 255
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+            if image.mode == "F":
+                raise ValueError("its pixels are floats, of unknown range")
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -198,9 +204,10 @@ def predict(network, paths):
     A folder stands for all image files in it and below. ValueError for a file that is no image, and for a
     folder without one.
     """
+    formats = Image.registered_extensions()
     for path in map(Path, paths):
         files = [path] if not path.is_dir() else sorted(
-            file for file in path.rglob("*") if file.suffix.lower() in Image.registered_extensions())
+            file for file in path.rglob("[!.]*") if formats.get(file.suffix.lower()) in FORMATS)
         if not files:
             raise ValueError(f"{path} holds no image files")
         for file in files:

@@ -80,7 +80,8 @@ def train_stage(supernet, teacher, loader, parts, args, run):
         seed = args.seed, stage, PATHS, step
         sgd.param_groups[0]["lr"] = learning_rate(args.lr, step, steps)
 
-        require_grad(weights, True), require_grad(alphas, False)
+        require_grad(weights, True)
+        require_grad(alphas, False)
         sgd.zero_grad()                                # to None: SGD leaves alone what is not sampled
         draw = functools.partial(supernet.sample, tau, uniform=args.draw == "uniform")
         metrics = backward(supernet, teacher, next(w_batches), draw, (*seed, 0), lam, args.accumulate)
@@ -88,7 +89,8 @@ def train_stage(supernet, teacher, loader, parts, args, run):
             sgd.step()
 
         if step % WEIGHTS_A_STEP == WEIGHTS_A_STEP - 1:
-            require_grad(weights, False), require_grad(alphas, True)
+            require_grad(weights, False)
+            require_grad(alphas, True)
             adam.zero_grad()
             draw = functools.partial(supernet.sample, 0)        # alpha judges networks, no mixtures of two
             metrics = backward(supernet, teacher, next(alpha_batches), draw, (*seed, 1), lam, args.accumulate)
@@ -129,7 +131,7 @@ def optimizers(supernet, args):
     """SGD with momentum for the weights and Adam for the architecture, the paper's. The rest is ours."""
     sgd = torch.optim.SGD(supernet.weights(), args.lr, momentum=0.9, weight_decay=args.weight_decay,
                           fused=True)
-    for p in supernet.weights():  # else the fused step fails where some were not sampled before
+    for p in supernet.weights():  # the fused step needs every momentum, also where nothing was sampled yet
         sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return sgd, torch.optim.Adam(supernet.alphas(), args.alpha_lr, betas=(0.5, 0.999))
 
@@ -156,8 +158,8 @@ def previous(args, out, loader, parts, run):
 
 
 def teacher_of(supernet, network, args):
-    """Who teaches the next stage (Eq. 4), a function of images (B, C, H, W) -> logits (B, classes), or None.
-    network: needed for --teacher network alone.
+    """The next stage's teacher (Eq. 4), a function of images (B, C, H, W) -> logits (B, classes), or None.
+    It learns no more. network: who teaches with --teacher network.
 
     "Previous teacher SuperNet predictions": those of its most likely path, for which no budget is needed. Or
     those of the network that was derived from it, with batch-norm statistics of its own.

@@ -227,7 +227,7 @@ class Arch(NamedTuple):
 
     @classmethod
     def from_json(cls, text):
-        """The `Arch` of JSON, text or bytes. ValueError, with the block and what is wrong, if it is none."""
+        """The `Arch` in JSON, text or bytes. ValueError, with the block and what is wrong, if it is none."""
         try:
             found = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -257,7 +257,7 @@ def positions(network):
 
 
 def total_stride(blocks):
-    """Of the stem and the `blocks`: so many pixels a side become one."""
+    """The product of the strides of the stem and the `blocks`."""
     return 2 * math.prod(b.stride for b in blocks)
 
 

@@ -161,5 +161,6 @@ def step_sampled(optimizer, alphas):
 
 
 def require_grad(parameters, on):
+    """Turn the gradients of parameters on or off."""
     for p in parameters:
         p.requires_grad_(on)

@@ -10,7 +10,7 @@ images: the network of the last epoch counts.
 """
 from machinery import export, files, flags, folder, processes
 from machinery.files import Refused
-from machinery.results import curves, enter, is_trained, read_trained
+from machinery.results import curves, enter, is_trained
 from machinery.run import Run
 from machinery.settings import own_images, train_parser
 from machinery.workers import cores
@@ -30,7 +30,7 @@ import data
 import flops
 import plot
 from derive import RECALIBRATION, evaluate, inherit, open_supernet, recalibrate
-from network import Network, save
+from network import Network, load, save
 from ops import initialise
 
 # The paper says 180 epochs of ImageNet; the other values for it are common ones. Those for small images are
@@ -90,7 +90,7 @@ def train(network, stage, loader, index, test, args, run):
             loss += part.detach()
         if run.synchronise(list(network.parameters()), loss.view(1)):
             sgd.step()
-            if average:                         # slower from step to step, until it is what was asked for
+            if average:                         # the decay rises to what was asked for
                 average.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))
                 average.update_parameters(network)
 
@@ -132,6 +132,14 @@ def read_archs(what):
     return {file.stem: flags.read_arch(file) for file in paths}, paths[0].parent
 
 
+def read_trained(path):
+    """The `network.TrainedNetwork` in a file. Refused if it holds none."""
+    try:
+        return load(path)
+    except ValueError as error:
+        raise Refused(error) from None
+
+
 def check(args, archs, images):
     """Refused if what the flags name does not fit together."""
     for name, arch in archs.items():
@@ -147,7 +155,7 @@ def check(args, archs, images):
         raise Refused("--jobs trains a run's networks side by side: not with --validate or torchrun")
     if args.export and len(archs) > 1:
         raise Refused("--export writes one network: name its ARCH.json")
-    curves([args.out])            # which the curve at the end will be drawn of
+    curves([args.out])            # refuses now what would break the curve at the end
 
 
 def completed(args, arch, name, device):

@@ -1,4 +1,4 @@
-"""What a long run needs and the paper does not speak of. Nothing here knows the method."""
+"""What a long run needs and the paper does not speak of. No step of the method is here."""
 import os
 import signal
 import sys

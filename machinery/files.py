@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and checked when they are read; and one run a folder.
+"""Files that are whole or absent, and checked when they are read; and a lock, for one run a folder.
 
 A checkpoint is a dict that `torch.load` opens with weights_only=True. It is a zip archive, whose checksums
 PyTorch writes but does not look at: `load_checkpoint` does.
@@ -65,12 +65,12 @@ def pack(checkpoint):
     return buffer.getvalue()
 
 
-def unpack(content, path, device="cpu"):
+def unpack(content, path):
     """Inverse of `pack`: bytes -> dict. Refused, in the name of `path`, if the bytes are cut or changed."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             broken = archive.testzip()
-        checkpoint = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except BROKEN as error:
         why = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
         raise Refused(f"{path} is cut short, damaged or no checkpoint ({why})") from None
@@ -80,9 +80,9 @@ def unpack(content, path, device="cpu"):
     return checkpoint
 
 
-def load_checkpoint(path, device="cpu"):
+def load_checkpoint(path):
     """The dict in a checkpoint file. Refused if it is not whole, OSError if it cannot be read."""
-    return unpack(Path(path).read_bytes(), path, device)
+    return unpack(Path(path).read_bytes(), path)
 
 
 _locks = []                     # file handles of the folders that this process has locked

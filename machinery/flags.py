@@ -78,7 +78,7 @@ def data_flags(g):
                    help="fashion, cifar10, cifar100, fake; or a folder: train/ and val/ of class folders, or "
                    "class folders alone, a sixth of which is held out to test on (fashion)")
     g.add_argument("--classes", type=number(int, 2), metavar="N",
-                   help="of a folder: so many, drawn by the seed (all; in the paper 100)")
+                   help="of a folder: use N, drawn by the seed (all; in the paper 100)")
     g.add_argument("--resolution", type=number(int, 8, 4096), metavar="R",
                    help="of a folder: pixels a side (224, Table 1; 32)")
     g.add_argument("--workers", type=number(int, 0), metavar="N",
@@ -147,13 +147,15 @@ def read_arch(file):
     """The `Arch` in a JSON file. Refused, with the file and what is wrong in it, if it holds none."""
     try:
         return Arch.from_json(file.read_bytes())
+    except OSError as error:
+        raise Refused(f"{file}: {error.strerror}") from None
     except ValueError as error:
         raise Refused(f"{file}: {error}") from None
 
 
 def lock(out, stack):
-    """Make the folder `out` and lock it until `stack` ends. Refused if another run has. What a kill left
-    there of unfinished files is removed.
+    """Make the folder `out` and lock it until `stack` ends. Refused if another run holds it. Temporary files
+    that a kill has left there are removed.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)

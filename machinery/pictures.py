@@ -248,7 +248,7 @@ def search(run, path):
 
 
 def entropy(p):
-    """Of the probabilities of n options, over log n: 1 if all are alike, 0 if one is certain."""
+    """The entropy of n probabilities, divided by log n: 1 if all are alike, 0 if one is certain."""
     return -sum(q * math.log(q, len(p)) for q in p if q)
 
 

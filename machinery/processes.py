@@ -18,14 +18,11 @@ import torch.distributed as dist
 
 
 @contextlib.contextmanager
-def process_group(seconds=300):
-    """Join the processes that torchrun started, if it did. Only rank 0's standard output is shown.
-
-    seconds: how long a process waits for another before it gives up. A death is mostly noticed at once.
-    """
+def process_group():
+    """Join the processes that torchrun started, if it did. Only rank 0's standard output is shown."""
     if dist.is_torchelastic_launched():
         # torchrun keeps its store when it starts its processes anew, and with it the addresses of dead ones.
-        timeout = datetime.timedelta(seconds=seconds)
+        timeout = datetime.timedelta(minutes=5)     # to wait for another; a death is mostly noticed at once
         store, number, count = next(dist.rendezvous("env://", timeout=timeout))
         store = dist.PrefixStore(f"launch {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -156,14 +153,16 @@ def side_by_side(function, inputs, count, signals):
     """
     context, waiting = multiprocessing.get_context("spawn"), list(inputs)
     running, status = [], 0
-    while running or waiting and not status:
+    while running or (waiting and not status):
         while waiting and len(running) < count and not status:
             running.append(context.Process(target=single, args=(function, waiting.pop(0), os.getpid())))
             running[-1].start()
         multiprocessing.connection.wait([process.sentinel for process in running], timeout=1)
         codes = [process.exitcode for process in running]
         running = [process for process, code in zip(running, codes) if code is None]
-        status = status or (128 + signals[0] if signals else next(filter(None, codes), 0))
+        if signals and not status:
+            status = 128 + signals[0]
+        status = status or next(filter(None, codes), 0)
         for process in running if status else ():
             process.terminate()
     if status:
@@ -181,7 +180,7 @@ def single(function, x, parent):
 
 @contextlib.contextmanager
 def catch_signals():
-    """Yield a list that Ctrl-C and SIGTERM are noted in, so that a step ends before they are obeyed.
+    """Yield a list that collects Ctrl-C and SIGTERM, so that a step ends before they are obeyed.
 
     A second Ctrl-C ends the process at once, whatever hangs; but not under torchrun, which passes on what
     the terminal has sent already.

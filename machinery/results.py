@@ -7,7 +7,6 @@ import json
 import math
 from pathlib import Path
 
-from network import load
 from space import CANDIDATES, Arch
 
 NAMED, NO_SETTING = ("method", "data", "space"), ("seed", "device", "checkpoint_every", "workers")
@@ -132,14 +131,6 @@ def history(run):
     return {stage: sorted(steps.items()) for stage, steps in stages.items() if steps}
 
 
-def read_trained(path):
-    """The `network.TrainedNetwork` in a file. Refused if it holds none."""
-    try:
-        return load(path)
-    except ValueError as error:
-        raise files.Refused(error) from None
-
-
 def is_trained(args, settings):
     """Whether args.out has the network that is asked for, trained with these settings.
 
@@ -152,8 +143,10 @@ def is_trained(args, settings):
                                 "another --out trains anew")
     if not path.exists() or checkpoint.exists():    # with both, its row in trained.json may be missing
         return False
-    facts = read_trained(path).facts
-    for key, before, value in differences(facts["trained_on"] | {"network": facts["arch"]}, settings):
+    with reading(path):
+        facts = files.load_checkpoint(path)["facts"]
+        trained_on = facts["trained_on"] | {"network": facts["arch"]}
+    for key, before, value in differences(trained_on, settings):
         raise files.Refused(f"{path} was trained with {key} {before}, not {value}: choose another --out")
     return True
 

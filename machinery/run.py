@@ -25,7 +25,7 @@ VERSION = 3                     # of the checkpoint
 
 
 def parts(settings):
-    """Settings, where each field and block of their network (an `Arch` as JSON) is one of its own."""
+    """Settings, with their network (an `Arch` as JSON) split into an entry a field and a block."""
     arch = json.loads(settings.get("network", "{}"))
     blocks = {f"block {n}": block for n, block in enumerate(arch.get("blocks", ()))}
     count = {"blocks": len(blocks)} if blocks else {}
@@ -149,7 +149,7 @@ class Run:
         return False
 
     def means(self):
-        """{"loss", "accuracy", and with each kind in front}: means over the steps since the last `log`."""
+        """{"loss", "accuracy", "alpha_loss", ..}: means over the steps since the last `log`."""
         return {kind + name: value / count for kind, (total, count) in self.state["metrics"].items()
                 for name, value in zip(("loss", "accuracy"), total.tolist())}
 

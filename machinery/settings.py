@@ -44,12 +44,12 @@ def search_parser(description):
                    help="new channels are consumed by Eq. 3, in random shares (split), not at first (zero), "
                    "or by random weights (naive) (eq3)")
     g.add_argument("--flops-target", nargs="+", type=amount, metavar="F",
-                   help="MACs of each stage's network, as in 0.9M, or off (Table 3's; the like)")
+                   help="MACs of each stage's network, as in 0.9M, or off (Table 3's; ours)")
     g = p.add_argument_group("data and training", flags.SOURCES)
     flags.data_flags(g)
     p.set_defaults(**flags.DATA)
     g.add_argument("--epochs", nargs="+", type=number(float, 1e-9, 1e6), metavar="E",
-                   help="a stage, or for all (100 60 60 60 60, Experiments; 1 0.4 0.4 0.4 0.4)")
+                   help="one, or one a stage (100 60 60 60 60, Experiments; 1 0.4 0.4 0.4 0.4)")
     g.add_argument("--batch-size", type=number(int, 1), metavar="B",
                    help="images a step (1024, Experiments; 32)")
     g.add_argument("--lr", type=number(float, 1e-9), help="peak learning rate of the weights' SGD (0.4; 0.1)")
@@ -99,8 +99,9 @@ def train_parser(description):
     p.add_argument("--export", type=Path, metavar="FILE",
                    help="write the trained network as .pt2 (torch.export) or .onnx as well")
     g = p.add_argument_group("training", flags.SOURCES)
-    g.add_argument("--epochs", type=number(int, 1, 1e6), metavar="E", help="(180, Experiments; 3)")
-    g.add_argument("--batch-size", type=number(int, 1), metavar="B", help="(1024, Experiments; 64)")
+    g.add_argument("--epochs", type=number(int, 1, 1e6), metavar="E", help="how many (180, Experiments; 3)")
+    g.add_argument("--batch-size", type=number(int, 1), metavar="B",
+                   help="images a step (1024, Experiments; 64)")
     g.add_argument("--lr", type=number(float, 1e-9), help="peak learning rate (0.4; 0.2)")
     g.add_argument("--weight-decay", type=number(float, 0), default=1e-4, metavar="W",
                    help="of weight matrices (1e-4)")
@@ -130,7 +131,7 @@ def kept(args):
 
 
 def same_run(args):
-    """Of `kept`, what must be the same when a run is gone on with. A folder of images may have moved: what is
+    """Of `kept`, what must be the same when a run is resumed. A folder of images may have moved: what is
     in it must be the same, which `folder.unchanged` looks at.
     """
     same = {key: value for key, value in kept(args).items() if key not in FREE}
@@ -182,15 +183,22 @@ def completed(args):
         values = getattr(args, key)
         if values and len(values) == 1:
             setattr(args, key, values * 5)
-        elif values and len(values) < args.stages:
+        elif values and not args.stages <= len(values) <= 5:
             raise Refused(f"--{key.replace('_', '-')}: {len(values)} values for {args.stages} stages; give "
                           "one for each, or one for all")
     if args.method == "scaling" and args.flops_target and not all(args.flops_target):
         raise Refused("--method scaling needs a --flops-target to scale to")
     if args.method == "naive":
+        if not args.grow or args.widen not in ("eq3", "naive"):
+            raise Refused("--method naive grows by random weights: not with --no-grow or --widen")
         args.widen = "naive"
     if args.method != "cst":
         args.grow, args.distill = args.method == "naive", False
+    if args.widen != "eq3" and not args.grow:
+        raise Refused(f"--widen {args.widen}: nothing grows by --method {args.method}, or with --no-grow")
+    if args.teacher != "supernet" and not args.distill:
+        raise Refused(f"--teacher {args.teacher}: nobody teaches by --method {args.method}, or with "
+                      "--no-distill")
     return args
 
 
@@ -217,7 +225,7 @@ def search_arguments(argv, description):
 
 
 def check_folder(out, resume):
-    """Refused if the folder `out` holds something else than the run that is to be gone on with."""
+    """Refused if the folder `out` holds something else than the run that is to be resumed."""
     held = {path.name for path in out.iterdir() if path.suffix != ".tmp"}
     if resume and "last.pt" not in held and "A0.pt" in held:
         raise Refused(f"{out} has finished stages but no last.pt, so nothing says how to go on: choose "
@@ -231,7 +239,7 @@ def check_folder(out, resume):
 def run_folder(args, stack):
     """The folder of a search, made and locked until `stack` ends: args.out, or the next of runs/001, ..
 
-    Refused, under the lock, if it holds something else than the run that is to be gone on with.
+    Refused, under the lock, if it holds something else than the run that is to be resumed.
     """
     if args.out is None:
         for n in itertools.count(1):
@@ -247,8 +255,8 @@ def run_folder(args, stack):
 
 
 def own_images(args, archs):
-    """Which images: those of the run in args.run_folder, unless flags say otherwise, and the seed that split
-    them: the run's own, so that its test images stay those that it never saw. own is true of them.
+    """The flags of the data: those of the run in args.run_folder where none are given, and the seed of its
+    split, so that its test images stay those that it never saw. own: whether the images are the run's.
     """
     wanted, ran = flags.DATA | {"seed": args.seed}, {}
     if (args.run_folder / "args.json").exists():

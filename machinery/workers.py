@@ -1,4 +1,4 @@
-"""Processes that decode images for the main one: torch's DataLoader, which is waited for only so long.
+"""Processes that decode images for the main one: torch's DataLoader, with a limit to waiting for it.
 
 Answers are no tensors, so that they travel through pipes and not through shared memory, of which a container
 has too little.

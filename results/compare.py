@@ -36,7 +36,7 @@ T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
 # ------------------------------------------------------------------ the questions
 
 def find(args):
-    """All kinds of networks of each stage."""
+    """Search, then train networks of all kinds of each stage."""
     networks.search_all(range(args.searches), args.runs, args.flags, args.jobs)
     found = networks.derived(args.flags, args.searches, args.stages)
     wanted = [(" ".join(("searched", *args.flags)), seed, arch) for seed, arch in found]
@@ -58,7 +58,7 @@ def log_likelihood(arch, supernet):
 
 
 def rank(args):
-    """Random networks of each stage: log-likelihood and accuracy by several searches' supernets; trained."""
+    """Evaluate random networks of each stage with the supernets of several searches, and train them."""
     known = {(row["search"], row["stage"], row["number"]) for row in networks.rows(RANKS)
              if row["flags"] == args.flags}
     drawn = {stage: networks.random_networks(stage, args.draws) for stage in args.stages}
@@ -93,7 +93,7 @@ def kendall(one, other):
 
 
 def highest_fifth(ranking, truth):
-    """By how much the fifth that is highest in a ranking is above all, in the mean of the truth."""
+    """The mean truth of the fifth that is ranked highest, less the mean of all."""
     return truth[np.argsort(-ranking)[:max(1, len(truth) // 5)]].mean() - truth.mean()
 
 
@@ -186,7 +186,7 @@ def minutes():
 
 
 def table(args):
-    """What the rows say, as text: accuracy on the validation split in %."""
+    """Print what the rows say: accuracy on the validation split in %."""
     every = networks.rows(networks.NETWORKS)
     for stage in args.stages:
         lengths(stage, every)

@@ -78,7 +78,8 @@ def trained(args):
 
 def paired(values):
     """The mean of some differences, and half of its 95 % interval (Student's)."""
-    return np.mean(values), T975[len(values) - 2] * np.std(values, ddof=1) / len(values) ** 0.5
+    t = T975[min(len(values) - 1, len(T975)) - 1]
+    return np.mean(values), t * np.std(values, ddof=1) / len(values) ** 0.5
 
 
 def text(args):
@@ -100,7 +101,9 @@ def text(args):
                 line += f" ({len(points)})  {difference:+.2f} +- {half:.2f}"
             elif kind != CURRICULUM and (stage or kind in OWN_A0):
                 difference = {n: ours[n][1] - points[n][1] for n in points.keys() & ours.keys()}
-                line += " ({})  {:+.2f} +- {:.2f}".format(len(points), *paired([*difference.values()]))
+                line += f" ({len(points)})"
+                if len(difference) > 1:
+                    line += "  {:+.2f} +- {:.2f}".format(*paired([*difference.values()]))
                 if stage:
                     differences.append(difference)
             print(line)
@@ -127,7 +130,7 @@ def picture(kinds, args, path):
         spread = np.array([part[:, 1].std(ddof=1) for part in points])
         counts = sorted({len(part) for part in points})
         n = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
-        label, x = f"{WORDS[kind]} (n = {n})", x + 0.05 * which
+        label = f"{WORDS[kind]} (n = {n})"
         if which == 0:
             axis.plot(x, y, "o-", color=colour, label=label)
             axis.fill_between(x, y - spread, y + spread, color=colour, alpha=0.15, lw=0)
@@ -135,7 +138,7 @@ def picture(kinds, args, path):
                 axis.annotate(f"A{stage}", (place, 1), xycoords=("data", "axes fraction"), ha="center")
         else:
             axis.plot(x, y, ".--", color=colour, label=label)
-            axis.errorbar(x, y, spread, color=colour, ls="", elinewidth=0.8)
+            axis.errorbar(x + 0.05 * which, y, spread, color=colour, ls="", elinewidth=0.8)
     axis.set_xlabel("MACs (M)")
     axis.set_ylabel("accuracy (%), mean and one deviation")
     axis.legend(loc="lower right")

@@ -24,10 +24,9 @@ import data
 import flops
 import search
 import train
-from derive import evaluate, space_costs
+from derive import evaluate
 from results.many import train_many
 from space import CANDIDATES, SPACES, Arch
-from supernet import SuperNet
 
 HERE = Path(__file__).parent
 NETWORKS, SEARCHES = HERE / "networks.jsonl", HERE / "searches.jsonl"
@@ -39,11 +38,11 @@ def parser(name, description, searches):
     """The flags that compare.py and methods.py have in common; searches: how many by default."""
     p = flags.Parser(name, description)
     p.add_argument("--stages", type=int, nargs="+", choices=range(5), default=list(range(5)), metavar="K",
-                   help="(all)")
+                   help="stages (all)")
     p.add_argument("--searches", type=int, default=searches, help=f"search seeds 0, 1, .. ({searches})")
-    p.add_argument("--epochs", type=int, default=EPOCHS, help=f"of a network ({EPOCHS})")
+    p.add_argument("--epochs", type=int, default=EPOCHS, help=f"of a training ({EPOCHS})")
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (as many as cores)")
-    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="that trains networks (cpu)")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device that trains (cpu)")
     p.add_argument("--side", type=int, default=1, metavar="N",
                    help="networks that a process trains at a time, side by side on a GPU (1)")
     p.add_argument("--runs", default=str(HERE / "runs"), help="folder of the searches")
@@ -88,10 +87,9 @@ def trained(stage, epochs):
 
 @functools.cache
 def space_of(stage):
-    """(a supernet of the small space for Fashion-MNIST, without memory; its costs in MACs, in parameters)."""
-    with torch.device("meta"):
-        supernet = SuperNet(SPACES["small"][stage], 1, 10)
-    return supernet, space_costs(supernet, flops.Layer.macs), space_costs(supernet, flops.Layer.params)
+    """(a stage's small space, its costs for Fashion-MNIST in MACs, in parameters)."""
+    space = SPACES["small"][stage]
+    return space, flops.costs(space, 1, 10), flops.costs(space, 1, 10, flops.Layer.params)
 
 
 def draw(block, generator):
@@ -102,12 +100,12 @@ def draw(block, generator):
 
 def random_networks(stage, count):
     """`count` networks drawn uniformly from the options of a stage's space, at most 3 % below its target."""
-    supernet, target, found = space_of(stage)[0], flops.TARGETS["small"][stage], []
+    space, target, found = space_of(stage)[0], flops.TARGETS["small"][stage], []
     for n in itertools.count():
         if len(found) == count:
             return found
         g = data.generator(DRAWN, stage, n)
-        arch = supernet.space.arch([draw(block, g) for block in supernet.space.blocks], 1, 10)
+        arch = space.arch([draw(block, g) for block in space.blocks], 1, 10)
         if 0.97 * target <= flops.macs(arch) <= target:
             found.append(arch)
 
@@ -123,7 +121,7 @@ def largest(stage):
     """The network with the most parameters within the target's MACs, exactly: block by block, for each width
     that comes out, the beginnings of networks that are undominated; then back, from the best end.
     """
-    (supernet, macs, params), target = space_of(stage), flops.TARGETS["small"][stage]
+    (space, macs, params), target = space_of(stage), flops.TARGETS["small"][stage]
     steps = [np.stack(pair) for pair in zip(macs.blocks, params.blocks)]            # (2, i, op, e, o) each
     fronts = [[np.array([[macs.fixed], [params.fixed]])]]
     for step, rest in zip(steps, flops.best_ends(macs.blocks, macs.head, torch.amin)[1:]):
@@ -141,16 +139,16 @@ def largest(stage):
                         if (front[at[0]] == (pair - step[(slice(None), *at, width)])[:, None]).all(0).any())
         options.append((op, e, width))
         pair, width = pair - step[:, i, op, e, width], i
-    return supernet.space.arch(options[::-1], 1, 10)
+    return space.arch(options[::-1], 1, 10)
 
 
 def by_hand(stage):
     """ir_k3_se_hs everywhere, expansions and widths at one height of their ranges, the highest that fits."""
-    supernet, best = space_of(stage)[0], None
+    space, best = space_of(stage)[0], None
     for height in np.linspace(0, 1, 101):
         options = [(6, round(height * (len(b.expansions) - 1)), round(height * (len(b.widths) - 1)))
-                   for b in supernet.space.blocks]
-        arch = supernet.space.arch(options, 1, 10)
+                   for b in space.blocks]
+        arch = space.arch(options, 1, 10)
         best = arch if flops.macs(arch) <= flops.TARGETS["small"][stage] else best
     return best
 
@@ -173,9 +171,10 @@ def training_arguments(arch, seed, epochs, device):
 
 def train_one(arch, args, loader, parts):
     """The accuracy on `parts`[1] of an `Arch` trained on `parts`[0], by train.py's own loop."""
-    run, network = Run(None, {}, loader.device, most_skipped=0), train.initial(arch, args)
+    run = Run(None, {}, loader.device, most_skipped=0)
     with contextlib.redirect_stdout(None):              # it has a line when it has ended
-        train.train(network, arch.stage, loader, parts[0], lambda network: math.nan, args, run)
+        network = train.train(train.initial(arch, args), arch.stage, loader, parts[0],
+                              lambda network: math.nan, args, run)
     return evaluate(network, loader, parts[1])
 
 

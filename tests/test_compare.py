@@ -35,13 +35,13 @@ def test_networks_that_are_compared_lie_at_the_target(stage):
 def test_no_network_within_the_target_has_more_parameters_than_the_largest(target, monkeypatch):
     """By brute force over a space of A0's first two blocks, 1,024 networks."""
     space = SPACES["small"][0]
-    supernet = SuperNet(space._replace(blocks=space.blocks[:2]), 1, 10)
-    tables = [space_costs(supernet, cost) for cost in (flops.Layer.macs, flops.Layer.params)]
-    monkeypatch.setattr(networks, "space_of", lambda stage: (supernet, *tables))
+    space = space._replace(blocks=space.blocks[:2])
+    tables = [flops.costs(space, 1, 10, cost) for cost in (flops.Layer.macs, flops.Layer.params)]
+    monkeypatch.setattr(networks, "space_of", lambda stage: (space, *tables))
     monkeypatch.setitem(flops.TARGETS, "small", (target,))
     options = [itertools.product(range(8), range(len(block.expansions)), range(len(block.widths)))
-               for block in supernet.space.blocks]
-    every = [supernet.space.arch(chosen, 1, 10) for chosen in itertools.product(*options)]
+               for block in space.blocks]
+    every = [space.arch(chosen, 1, 10) for chosen in itertools.product(*options)]
     best = max((arch for arch in every if flops.macs(arch) <= target), key=flops.params)
     assert len(every) == 8 * 2 * 8 * 4 * 2 and best != max(every, key=flops.params)
     found = networks.largest(0)

@@ -4,7 +4,7 @@ workers.
 The oracles: files written by hand and with Pillow, torchvision's Resize and CenterCrop, its names of
 ImageNet's classes, and the same batch from other workers, another start and in shards.
 """
-from machinery import decode, flags, folder, results, settings, workers
+from machinery import decode, flags, folder, settings, workers
 from machinery.files import Refused
 
 import contextlib
@@ -544,7 +544,7 @@ def test_networks_are_trained_on_the_runs_images_or_on_more_classes(searched, tm
     assert sorted(names(loaded[1])) == sorted(json.loads((run / "split.json").read_text())["test"])
     train.main([str(run / "A0.json"), *fast, "--data", str(root), "--classes", "9", "--resolution", "8",
                 "--out", str(tmp_path / "more")])
-    arch = results.read_trained(tmp_path / "more" / "A0.net.pt").arch
+    arch = train.read_trained(tmp_path / "more" / "A0.net.pt").arch
     assert (arch.classes, arch.resolution) == (9, 8)
 
 

@@ -16,6 +16,7 @@ import textwrap
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from oracles import Residual, assert_same_logits, images, kernel, near8, seeded, stir
@@ -260,10 +261,14 @@ def test_an_image_file_is_read_as_in_evaluation(tmp_path):
     rotated[0x112] = 6
     kinds = {"rgb.png": ("RGB", {}), "upright.jpg": ("RGB", {"exif": rotated}), "grey.png": ("L", {}),
              "cmyk.jpg": ("CMYK", {}), "clear.png": ("RGBA", {}), "palette.png": ("P", {}),
-             "clear.gif": ("P", {"transparency": 7})}
+             "clear.gif": ("P", {"transparency": 7}), "deep.png": ("I;16", {})}
     for name, (mode, options) in kinds.items():
         image = Image.fromarray(noise)                                                          # RGBA
-        (image if mode == "RGBA" else image.convert("RGB").convert(mode)).save(tmp_path / name, **options)
+        if mode == "I;16":
+            image = Image.fromarray(noise[..., 0].astype(np.uint16) * 250)
+        elif mode != "RGBA":
+            image = image.convert("RGB").convert(mode)
+        image.save(tmp_path / name, **options)
     names = [name.encode() for name in kinds]
     folder = Folder(tmp_path, names, None, [], [], {}, "", 16, 0)
     for n, name in enumerate(kinds):
@@ -285,14 +290,16 @@ def test_classes_and_probabilities_of_files_and_folders(file, tmp_path):
     for path, image in zip(paths, every):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
     (tmp_path / "folder" / "notes.txt").write_text("no image")
+    for name in ("page.ps", "folder/page.ps", "folder/page.pdf", "folder/._a.png"):         # none is tried
+        (tmp_path / name).write_text("%!PS-Adobe-3.0 EPSF-3.0")
     wanted = network(every).softmax(1)
     found = list(predict(network, [tmp_path / "folder", str(tmp_path / "z.bmp")]))
     assert [path for path, _, _ in found] == paths
     assert [name for _, name, _ in found] == [CLASSES[k] for k in wanted.argmax(1)]
     assert_close(torch.tensor([p for *_, p in found]), wanted.amax(1).detach())
-    Image.new("I;16", (16, 16)).save(tmp_path / "deep.png")
+    Image.new("F", (16, 16)).save(tmp_path / "floats.tiff")
     (tmp_path / "cut.png").write_bytes(paths[0].read_bytes()[:300])
-    for name in ("folder/notes.txt", "deep.png", "cut.png", "none.png"):
+    for name in ("folder/notes.txt", "floats.tiff", "cut.png", "page.ps", "none.png"):
         with pytest.raises(ValueError, match=f"{name} cannot be read as an image"):
             list(predict(network, [tmp_path / name]))
     (tmp_path / "empty").mkdir()

@@ -31,7 +31,7 @@ import train
 from flops import bounds, macs, params
 from network import Network, load
 from ops import initialise
-from space import SPACES, Arch
+from space import CANDIDATES, SPACES, Arch
 from supernet import SuperNet
 
 FAST = ["--data", "fake", "--epochs", "2", "--batch-size", "32", "--device", "cpu"]  # seven steps an epoch
@@ -334,10 +334,15 @@ def test_a_time_that_no_network_takes_is_refused(searched, given, shown, capsys)
 
 def test_without_a_budget_it_is_the_last_stages_most_likely(searched, tmp_path, capsys):
     out = ["--out", str(tmp_path / "net.json")]
-    derive.main([str(searched), *out])
-    best = derive.derive(derive.open_supernet(searched, 1), None, derive.network_before(searched, 1))
-    assert best != derive.derive(derive.open_supernet(searched, 1))             # A0's operations are kept
-    assert Arch.from_json((tmp_path / "net.json").read_text()) == best
+    run = shutil.copytree(searched, tmp_path / "run")
+    likely, before = derive.derive(derive.open_supernet(run, 1)), derive.network_of(run, 0)
+    other = next(op for op in CANDIDATES if op != likely.blocks[0].op)
+    before = before._replace(blocks=(before.blocks[0]._replace(op=other), *before.blocks[1:]))
+    (run / "A0.json").write_text(before.to_json())
+    derive.main([str(run), *out])
+    best = Arch.from_json((tmp_path / "net.json").read_text())
+    assert best == derive.derive(derive.open_supernet(run, 1), None, before) != likely
+    assert best.blocks[0].op == other                                           # A0's operations are kept
     derive.main([str(searched), "--stage", "0", "--refine", "2", *out])
     likely = derive.open_supernet(searched, 0)
     solutions = derive.viterbi_list(derive.log_probabilities(likely), derive.space_costs(likely), 0.0, 2)
