@@ -94,16 +94,17 @@ def measure(run):
     parts = data.split(images.labels, args.seed)
     loader = data.Loader(images, images.statistics(parts[0]), args.batch_size)
     parts = parts[0], parts[1][:IMAGES]
-    known = {(row["seed"], row["stage"], row["way"]) for row in rows(ROWS)}
+    this = settings.same_run(args)
+    known = {(row["stage"], row["way"]) for row in rows(ROWS) if row["run"] == this}
     for stage in range(1, args.stages):
         small, trained = open_supernet(run, stage - 1), open_supernet(run, stage)
         networks = [drawn(small.space, trained.space, n) for n in range(NETWORKS)]
-        for way in (way for way in WAYS if (args.seed, stage, way) not in known):
+        for way in (way for way in WAYS if (stage, way) not in known):
             supernet = made(way, small, trained, data.generator(args.seed, stage, search.GROWTH))
             archs = [arch_of(supernet, options[way != "before"]) for options in networks]
             accuracies = [evaluate_derived(arch, supernet, loader, parts, args.seed, stage,
                                            search.WEIGHTS)[1] for arch in archs]
-            row = {"seed": args.seed, "stage": stage, "way": way, "accuracies": accuracies,
+            row = {"run": this, "stage": stage, "way": way, "accuracies": accuracies,
                    "twins": twins(supernet)}
             add(ROWS, row)
             print(f"A{stage} {way}: {100 * np.mean(accuracies):.1f} %, {100 * row['twins']:.0f} % twins",
@@ -112,14 +113,16 @@ def measure(run):
 
 @styled
 def picture(path):
-    """Draw growth.png: a panel a stage, a dot a network, a line at their mean; shares of twins above.
+    """Draw growth.png, of the run that was measured last: a panel a stage, a dot a network, a line at their
+    mean; shares of twins above.
 
-    Returns the figure. Refused if no stage of a run with seed 0 has all its rows.
+    Returns the figure. Refused if no stage of it has all its rows.
     """
-    found = {(row["stage"], row["way"]): row for row in rows(ROWS) if row["seed"] == 0}
+    every = rows(ROWS)
+    found = {(row["stage"], row["way"]): row for row in every if row["run"] == every[-1]["run"]}
     stages = [stage for stage in range(1, 5) if all((stage, way) in found for way in WAYS)]
     if not stages:
-        raise Refused(f"{ROWS} has not all rows of a stage of seed 0: measure a run first")
+        raise Refused(f"{ROWS} has not all rows of a stage: measure a run first")
     figure = Figure((7.2, 2.6))
     for axis, stage in zip(figure.subplots(1, len(stages), sharey=True, squeeze=False)[0], stages):
         for x, way in enumerate(WAYS):

@@ -303,7 +303,7 @@ def costs_of(steps, teacher, batch):
     weights = 4 * sum(p.numel() for p in steps.weights)
     text = (f"{times[False]:>11.1f}{times[True] - times[False]:>10.1f}{held / 2 ** 30:>11.2f}"
             f"{weights / 2 ** 30:>12.2f}{student / 1e9:>15.2f}{taught / 1e9:>9.2f}")
-    return text, 3 * student + taught + (2 * student + taught) / 5
+    return text, 3 * student + taught + (2 * student + taught) / search.WEIGHTS_A_STEP
 
 
 def flops_of(call, repeats):

@@ -57,8 +57,10 @@ def test_twins_are_counted_whatever_their_scale():
 
 def test_the_picture_has_a_panel_a_stage(tmp_path, monkeypatch):
     monkeypatch.setattr(growth, "ROWS", tmp_path / "growth.jsonl")
-    for stage, way in [*itertools.product((1, 2), growth.WAYS), (3, "before")]:       # A3 is not finished
-        row = {"seed": 0, "stage": stage, "way": way, "accuracies": [0.5, 0.6], "twins": 0}
+    rows = [*itertools.product([{"seed": 1}], (1, 2, 3), growth.WAYS),              # of another run
+            *itertools.product([{"seed": 0}], (1, 2), growth.WAYS), ({"seed": 0}, 3, "before")]
+    for run, stage, way in rows:                                                    # A3 is not finished
+        row = {"run": run, "stage": stage, "way": way, "accuracies": [0.5, 0.6], "twins": 0}
         growth.add(growth.ROWS, row)
     figure = growth.picture(tmp_path / "growth.png")
     assert (tmp_path / "growth.png").exists() and len(figure.axes) == 2
