@@ -138,7 +138,7 @@ def picture(kinds, args, path):
                 axis.annotate(f"A{stage}", (place, 1), xycoords=("data", "axes fraction"), ha="center")
         else:
             axis.plot(x, y, ".--", color=colour, label=label)
-            axis.errorbar(x + 0.05 * which, y, spread, color=colour, ls="", elinewidth=0.8)
+            axis.errorbar(x + 0.025 * which, y, spread, color=colour, ls="", elinewidth=0.8)
     axis.set_xlabel("MACs (M)")
     axis.set_ylabel("accuracy (%), mean and one deviation")
     axis.legend(loc="lower right")
