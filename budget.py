@@ -226,7 +226,7 @@ def alternatives(log_p, table, budget, count):
     list at this penalty has networks on both sides of the budget, and grows until enough lie within.
     """
     first = spend(log_p, table, budget)
-    least = min(SHARE * budget, first.cost)                               # the others spend it as well
+    least = min(SHARE * budget, first.cost)                              # the others spend it as well
     free = viterbi(log_p, table, 0.0).cost
     low = -1e3 / budget if free < first.cost else 0.0                    # the first was rewarded for its cost
     penalty = 0.0 if free == first.cost else bisect(log_p, table, budget, low)[0]

@@ -172,6 +172,10 @@ def main(argv=None):
         raise Refused("--data is for --points and --refine, which alone look at images")
     if 0 in (args.flops, args.params):
         raise Refused("a budget must be above 0")
+    if args.out and args.out.resolve() in [(args.run / f"A{k}.json").resolve() for k in range(5)]:
+        raise Refused(f"--out {args.out} is a network of the run: name another file")
+    if args.out and not args.out.parent.is_dir():
+        raise Refused(f"--out {args.out}: there is no folder {args.out.parent}")
     files.read_json(args.run / "args.json")                                 # else it is no run
     stages = [k for k in range(5) if (args.run / f"A{k}.pt").exists() and args.stage in (None, k)]
     if not (args.points or args.flops or args.params or args.latency):
@@ -179,10 +183,6 @@ def main(argv=None):
     supernets = [open_supernet(args.run, k) for k in stages]
     if not supernets:
         raise Refused(f"{args.run} has no A{args.stage or 0}.pt: no such stage was finished")
-    if args.out and args.out.resolve() in [(args.run / f"A{k}.json").resolve() for k in range(5)]:
-        raise Refused(f"--out {args.out} is a network of the run: name another file")
-    if args.out and not args.out.parent.is_dir():
-        raise Refused(f"--out {args.out}: there is no folder {args.out.parent}")
     accuracy = evaluator(args.run, args.data) if args.points or args.refine > 1 else None
     before = [network_before(args.run, k) for k in stages]
     if args.points:

@@ -182,7 +182,10 @@ def read_image(path, arch, crop):
         with Image.open(path, formats=FORMATS) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode[0] == "I":                       # 16 bits; Pillow's own conversion cuts at 255
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+                values = np.asarray(image).astype(np.int64)
+                if not 0 <= values.min() <= values.max() < 2 ** 16:
+                    raise ValueError("more than 16 bits a pixel")
+                image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
             if image.mode == "F":
                 raise ValueError("its pixels are floats, of unknown range")
             if image.has_transparency_data:

@@ -207,7 +207,7 @@ def plan(args, archs, images, count, device):
         given.data = f"{count:,} images of {getattr(images, 'digest', args.data)}"
         processes.on_rank0(check_size, arch, given, count, device)
         settings = {key: getattr(given, key) for key in SETTINGS} | {"network": arch.to_json()}
-        trained = not args.validate and processes.on_rank0(is_trained, given, settings)
+        trained = not args.validate and processes.on_rank0(is_trained, given, settings, read_trained)
         yield name, arch, given, settings, trained
 
 

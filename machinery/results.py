@@ -131,8 +131,9 @@ def history(run):
     return {stage: sorted(steps.items()) for stage, steps in stages.items() if steps}
 
 
-def is_trained(args, settings):
-    """Whether args.out has the network that is asked for, trained with these settings.
+def is_trained(args, settings, read):
+    """Whether args.out has the network that is asked for, trained with these settings. read: a function of
+    its file -> the `network.TrainedNetwork`.
 
     Refused if there is one of other settings, or if --resume is missing where something would be overwritten.
     """
@@ -143,10 +144,8 @@ def is_trained(args, settings):
                                 "another --out trains anew")
     if not path.exists() or checkpoint.exists():    # with both, its row in trained.json may be missing
         return False
-    with reading(path):
-        facts = files.load_checkpoint(path)["facts"]
-        trained_on = facts["trained_on"] | {"network": facts["arch"]}
-    for key, before, value in differences(trained_on, settings):
+    facts = read(path).facts
+    for key, before, value in differences(facts["trained_on"] | {"network": facts["arch"]}, settings):
         raise files.Refused(f"{path} was trained with {key} {before}, not {value}: choose another --out")
     return True
 

@@ -20,10 +20,10 @@ from matplotlib.figure import Figure
 import flops
 from budget import scale
 from results import networks
-from results.compare import T975, interval
+from results.compare import interval, student
 
 ALPHA = ["--draw", "alpha"]                     # the default was this when the ways were searched
-CURRICULUM = "searched --draw alpha"            # compare.py's name of it
+CURRICULUM = " ".join(("searched", *ALPHA))     # as compare.py names it
 # search.py's flags of each way. The paper gives each stage of a direct search as many epochs as A0; all
 # others have the same epochs.
 SEARCHED = {CURRICULUM: ALPHA,
@@ -78,8 +78,7 @@ def trained(args):
 
 def paired(values):
     """The mean of some differences, and half of its 95 % interval (Student's)."""
-    t = T975[min(len(values) - 1, len(T975)) - 1]
-    return np.mean(values), t * np.std(values, ddof=1) / len(values) ** 0.5
+    return np.mean(values), student(len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
 
 
 def text(args):

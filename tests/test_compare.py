@@ -165,7 +165,7 @@ def test_a_search_says_where_those_of_these_rows_ended():
         assert len(ends) == 8 and (low, high) == (round(100 * min(ends), 1), round(100 * max(ends), 1))
     for argv, said in (([], 5), (["--seed", "9", "--device", "cpu", "--stages", "2"], 2),
                        (["--epochs", "2"], 0), (["--widen", "zero"], 0), (["--data", "fake"], 0),
-                       (["--flops-target", "1M"], 0)):
+                       (["--flops-target", "1M"], 0), (["--draw", "alpha"], 0)):
         args = settings.completed(settings.search_parser(None).parse_args(argv))
         args.flops_target = args.flops_target or list(flops.TARGETS["small"])
         assert search.usual(args).count(" to ") == (said and said + 1)

@@ -298,8 +298,9 @@ def test_classes_and_probabilities_of_files_and_folders(file, tmp_path):
     assert [name for _, name, _ in found] == [CLASSES[k] for k in wanted.argmax(1)]
     assert_close(torch.tensor([p for *_, p in found]), wanted.amax(1).detach())
     Image.new("F", (16, 16)).save(tmp_path / "floats.tiff")
+    Image.new("I", (16, 16), 2 ** 16).save(tmp_path / "deep.tiff")
     (tmp_path / "cut.png").write_bytes(paths[0].read_bytes()[:300])
-    for name in ("folder/notes.txt", "floats.tiff", "cut.png", "page.ps", "none.png"):
+    for name in ("folder/notes.txt", "floats.tiff", "deep.tiff", "cut.png", "page.ps", "none.png"):
         with pytest.raises(ValueError, match=f"{name} cannot be read as an image"):
             list(predict(network, [tmp_path / name]))
     (tmp_path / "empty").mkdir()
