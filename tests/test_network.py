@@ -290,8 +290,8 @@ def test_classes_and_probabilities_of_files_and_folders(file, tmp_path):
     for path, image in zip(paths, every):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
     (tmp_path / "folder" / "notes.txt").write_text("no image")
-    for name in ("page.ps", "folder/page.ps", "folder/page.pdf", "folder/._a.png"):         # none is tried
-        (tmp_path / name).write_text("%!PS-Adobe-3.0 EPSF-3.0")
+    for name in ("page.eps", "folder/page.eps", "folder/page.pdf", "folder/._a.png"):       # none is tried
+        Image.new("RGB", (16, 16)).save(tmp_path / name, "EPS")
     wanted = network(every).softmax(1)
     found = list(predict(network, [tmp_path / "folder", str(tmp_path / "z.bmp")]))
     assert [path for path, _, _ in found] == paths
@@ -300,9 +300,11 @@ def test_classes_and_probabilities_of_files_and_folders(file, tmp_path):
     Image.new("F", (16, 16)).save(tmp_path / "floats.tiff")
     Image.new("I", (16, 16), 2 ** 16).save(tmp_path / "deep.tiff")
     (tmp_path / "cut.png").write_bytes(paths[0].read_bytes()[:300])
-    for name in ("folder/notes.txt", "floats.tiff", "deep.tiff", "cut.png", "page.ps", "none.png"):
+    for name in ("folder/notes.txt", "floats.tiff", "deep.tiff", "cut.png", "none.png"):
         with pytest.raises(ValueError, match=f"{name} cannot be read as an image"):
             list(predict(network, [tmp_path / name]))
+    with pytest.raises(ValueError, match="page.eps cannot be read as an image .cannot identify"):
+        list(predict(network, [tmp_path / "page.eps"]))                     # and Ghostscript is not asked
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty holds no image files"):
         list(predict(network, [tmp_path / "empty"]))
