@@ -69,16 +69,16 @@ def spaces_of(supernets, tables, before, budget=None):
             for supernet, table, arch in zip(supernets, tables, before)]
 
 
-def network_before(run, stage):
+def arch_before(run, stage):
     """The `Arch` from which the search in the folder `run` has grown a stage, to be given to `derive`; None
     for A0, and where every stage began from scratch. Refused if that file is another stage's.
     """
     if not stage or not files.read_json(run / "args.json").get("grow"):
         return None
-    return network_of(run, stage - 1)
+    return arch_in(run, stage - 1)
 
 
-def network_of(run, stage):
+def arch_in(run, stage):
     """The `Arch` in A<stage>.json in the folder `run`. Refused if it is none of that stage."""
     file = run / f"A{stage}.json"
     arch = flags.read_arch(file)
@@ -149,7 +149,7 @@ def open_supernet(run, stage):
     """The supernet of a stage, on the CPU, from A<stage>.json and A<stage>.pt in the folder `run`. Refused if
     these are not what a search writes.
     """
-    arch, weights = network_of(run, stage), run / f"A{stage}.pt"
+    arch, weights = arch_in(run, stage), run / f"A{stage}.pt"
     space = SPACES[arch.space][stage]._replace(resolution=arch.resolution)
     with torch.device("meta"):                      # takes no memory for what the file does not hold
         supernet = SuperNet(space, arch.in_channels, arch.classes)
@@ -184,7 +184,7 @@ def main(argv=None):
     if not supernets:
         raise Refused(f"{args.run} has no A{args.stage or 0}.pt: no such stage was finished")
     accuracy = evaluator(args.run, args.data) if args.points or args.refine > 1 else None
-    before = [network_before(args.run, k) for k in stages]
+    before = [arch_before(args.run, k) for k in stages]
     if args.points:
         rows = front(supernets, before, args.points, accuracy)
         name, text = "points", json.dumps(rows, indent=1) + "\n"

@@ -124,7 +124,7 @@ def main(argv=None):
             what = "has no summary.json: it is not the folder of a finished run"
             raise files.Refused(f"{run} {what if run.is_dir() else 'is not a folder'}")
     out, run = args.out or args.runs[0], args.runs[0]
-    for read, what in ((results.curves, args.runs), (results.networks, run), (results.history, run)):
+    for read, what in ((results.curves, args.runs), (results.archs, run), (results.history, run)):
         with contextlib.suppress(results.Missing):
             read(what)                                      # a broken file ends it before a picture is drawn
     drawn = [("curve.png", curve, args.runs), ("architectures.png", pictures.architectures, run),

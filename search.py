@@ -23,7 +23,7 @@ import distill
 import flops
 import plot
 from budget import scale
-from derive import derive, evaluate_derived, network_before, open_supernet
+from derive import arch_before, derive, evaluate_derived, open_supernet
 from grow import describe, grow
 from network import Network
 from space import SPACES
@@ -56,7 +56,7 @@ def search(args, images, out, run):
             x, _ = next(loader.ordered(parts[1][:8]))
             print(f"A{stage}: {describe(small, supernet, x)}", flush=True)
         train_stage(supernet, teacher, loader, parts, args, run)
-        arch = derive(supernet, args.flops_target[stage], network_before(out, stage))
+        arch = derive(supernet, args.flops_target[stage], arch_before(out, stage))
         network, accuracy = evaluate_derived(arch, supernet, loader, parts, args.seed, stage, WEIGHTS)
         finish_stage(run, out, arch, accuracy, supernet)
         teacher = teacher_of(supernet, network, args)                    # Eq. 4's, for the next stage

@@ -109,7 +109,7 @@ def costs(run):
 @styled
 def architectures(run, path):
     """Draw architectures.png of `run`, a folder, into `path`. Returns the figure."""
-    archs, macs = results.networks(run), costs(run)
+    archs, macs = results.archs(run), costs(run)
     middle, step, width = columns(archs.values())
     widest, height = max(b.out for a in archs.values() for b in a.blocks), 1.34 * len(archs) + 0.6
     figure = Figure((width, height), layout="none")
@@ -123,7 +123,7 @@ def decisions(run):
     """What the supernets of `run` chose, and when: (its networks, {stage: `results.history`'s steps}, {stage:
     where its blocks stand}). Refused if they do not go together.
     """
-    stages, archs, stands = results.history(run), results.networks(run), {}
+    stages, archs, stands = results.history(run), results.archs(run), {}
     for stage, steps in stages.items():
         with results.reading(Path(run) / "log.jsonl"):      # a stage that has not ended has no network
             arch = archs.get(f"A{stage}") or SPACES[next(iter(archs.values())).space][stage]

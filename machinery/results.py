@@ -101,17 +101,17 @@ def curves(runs):
     return dict(sorted(lines.items(), key=lambda line: not line[0][1]))
 
 
-def networks(run):
+def archs(run):
     """{"A0": its `Arch`, ..} of A0.json .. in a run's folder."""
-    archs = {}
+    found = {}
     for file in sorted(Path(run).glob("A[0-4].json")):
         with reading(file):
-            archs[file.stem] = arch = Arch.from_json(file.read_text())
+            found[file.stem] = arch = Arch.from_json(file.read_text())
             if max(arch.resolution, arch.stem, arch.head, *(b.out for b in arch.blocks)) > 10 ** 6:
                 raise ValueError("a width or a resolution beyond a million")
-    if not archs:
+    if not found:
         raise Missing(f"{run} has no networks A0.json, A1.json, ..")
-    return archs
+    return found
 
 
 def history(run):

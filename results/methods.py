@@ -37,6 +37,8 @@ SEARCHED = {CURRICULUM: ALPHA,
             "zero": ["--widen", "zero", *ALPHA],
             "split": ["--widen", "split", *ALPHA]}
 OWN_A0 = {CURRICULUM, "searched"}               # of all others A0 is that of the curriculum
+SCALED = {"scaling": ALPHA, "scaling searched": []}             # flags of the searches whose A0 is scaled up
+CURRICULUM_OF = {"scaling searched": "searched"}                # of all others it is `CURRICULUM`
 WORDS = {CURRICULUM: "AdaSearch (CST)", "direct": "direct search", "naive": "naive progressive search",
          "scaling": "compound scaling-up", "random": "random networks", "neither": "baseline",
          "no distillation": "SuperNet2SuperNet alone", "no growth": "distillation alone"}
@@ -52,7 +54,8 @@ def found(args):
     for kind, given in SEARCHED.items():
         stages = args.stages if kind in OWN_A0 else grown
         archs += [(kind, seed, arch) for seed, arch in networks.derived(given, args.searches, stages)]
-    bases = [("scaling", seed, base) for seed, base in networks.derived(ALPHA, args.searches, [0])]
+    bases = [(kind, seed, base) for kind, given in SCALED.items()
+             for seed, base in networks.derived(given, args.searches, [0])]
     drawn = networks.random_networks(0, args.searches)
     bases += [("random scaled", n, base) for n, base in enumerate(drawn)]
     return archs + [(kind, n, scale(base, stage, flops.TARGETS["small"][stage]))
@@ -67,11 +70,11 @@ def run(args):
 
 
 def trained(args):
-    """{(kind, stage): {number: (MACs in M, accuracy in %)}}; but for `OWN_A0` A0 is the curriculum's."""
+    """{(kind, stage): {number: (MACs in M, accuracy in %)}}; but for `OWN_A0` A0 is its curriculum's."""
     table = {(kind, stage): numbers for stage in range(5)
              for kind, numbers in networks.trained(stage, args.epochs).items()}
-    for kind in {kind for kind, _ in table} & {*SEARCHED, "scaling"} - OWN_A0:
-        first = table.get((CURRICULUM, 0), {})
+    for kind in {kind for kind, _ in table} & {*SEARCHED, *SCALED} - OWN_A0:
+        first = table.get((CURRICULUM_OF.get(kind, CURRICULUM), 0), {})
         table[kind, 0] = {n: point for n, point in first.items() if n < args.searches}
     return table
 
@@ -87,10 +90,11 @@ def text(args):
     """
     table = trained(args)
     print("mean accuracy +- deviation (n), and the curriculum's less it +- half of the 95 % interval")
-    for kind in [*SEARCHED, "scaling", "random scaled", "random"]:
+    for kind in [*SEARCHED, *SCALED, "random scaled", "random"]:
         differences = []                                        # a dict of search seeds a stage
         for stage in args.stages:
-            points, ours = table.get((kind, stage), {}), table.get((CURRICULUM, stage), {})
+            points = table.get((kind, stage), {})
+            ours = table.get((CURRICULUM_OF.get(kind, CURRICULUM), stage), {})
             if len(points) < 2 or len(ours) < 2:
                 continue
             accuracies = [accuracy for _, accuracy in points.values()]

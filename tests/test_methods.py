@@ -66,7 +66,7 @@ def test_what_the_ways_derived_is_found_and_a0_is_scaled(monkeypatch):
     found = methods.found(ARGS)
     first, last = ({(kind, seed) for kind, seed, arch in found if arch.stage == stage} for stage in (0, 4))
     assert first == {*((methods.CURRICULUM, n) for n in range(3)), ("searched", 0), ("searched", 1)}
-    ways = {*first, ("no growth", 0), ("no growth", 1)}
+    ways = {*first, ("no growth", 0), ("no growth", 1), ("scaling searched", 0), ("scaling searched", 1)}
     assert last == ways | {(kind, n) for kind in ("scaling", "random scaled") for n in range(3)}
     scaled = {kind: arch for kind, _, arch in found if arch.stage == 4}                 # the last of a kind
     bases = {"scaling": networks.by_hand(0), "random scaled": networks.random_networks(0, 3)[2]}
@@ -81,11 +81,13 @@ def test_ways_are_compared_at_equal_seeds(monkeypatch, capsys, tmp_path):
                 "accuracy": accuracy / 100, "flops": 1_000_000 * (stage + 1)}
     ours = [row(methods.CURRICULUM, stage, n, 90 + 10 * n % 7) for stage in (0, 1, 4) for n in range(3)]
     theirs = [row("naive", stage, n, 90 + 10 * n % 7 - n - 1) for stage in (1, 4) for n in range(3)]
-    theirs += [row("searched", 0, n, 80 + n) for n in range(3)]                # it has an A0 of its own
+    theirs += [row("searched", stage, n, 80 + 4 * n) for stage in (0, 1) for n in range(3)]  # has its own A0
+    theirs += [row("scaling searched", 1, n, 80 + 3 * n) for n in range(3)]
     monkeypatch.setattr(networks, "rows", lambda file: ours + theirs if file == networks.NETWORKS else [])
     methods.text(ARGS)
     said = capsys.readouterr().out
-    assert "A0 searched              81.00" in said
+    assert "A0 searched              84.00" in said and "A0 scaling searched      84.00" in said
+    assert "A1 scaling searched      83.00 +- 3.00 (3)  +1.00 +- 2.48" in said         # less "searched"
     assert said.count("+2.00 +- 2.48") == 3 and said.count("naive") == 4         # A1, A4, all; and A0
     figure = methods.picture((methods.CURRICULUM, "naive", "direct"), ARGS, tmp_path / "figure.png")
     lines = {line.get_label(): line.get_xydata() for line in figure.axes[0].lines}

@@ -448,7 +448,7 @@ def test_the_film_shows_the_likeliest_network_of_the_moment_and_then_the_derived
             assert drawn == [[f"{k}×{k}", str(width)] for k, width in zip(kernels, widths)]
             heat = frame[1].compressed() if np.ma.isMaskedArray(frame[1]) else frame[1].ravel()
             assert heat[~np.isnan(heat)].tolist() == [q for block in blocks for q in block["op"]]
-        arch = results.networks(run)[f"A{space.stage}"]
+        arch = results.archs(run)[f"A{space.stage}"]
         drawn = [text.split("\n") for text in frames[first + 3][0] if "×" in text][1:-1]
         assert [(out, hidden) for _, out, _, hidden in drawn] == [(str(b.out), str(b.hidden))
                                                                   for b in arch.blocks]

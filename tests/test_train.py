@@ -335,7 +335,7 @@ def test_a_time_that_no_network_takes_is_refused(searched, given, shown, capsys)
 def test_without_a_budget_it_is_the_last_stages_most_likely(searched, tmp_path, capsys):
     out = ["--out", str(tmp_path / "net.json")]
     run = shutil.copytree(searched, tmp_path / "run")
-    likely, before = derive.derive(derive.open_supernet(run, 1)), derive.network_of(run, 0)
+    likely, before = derive.derive(derive.open_supernet(run, 1)), derive.arch_in(run, 0)
     other = next(op for op in CANDIDATES if op != likely.blocks[0].op)
     before = before._replace(blocks=(before.blocks[0]._replace(op=other), *before.blocks[1:]))
     (run / "A0.json").write_text(before.to_json())
