@@ -102,6 +102,11 @@ def highest_fifth(ranking, truth):
     return truth[np.argsort(-ranking)[:max(1, len(truth) // 5)]].mean() - truth.mean()
 
 
+def precision_at_5(ranking, truth):
+    """The share of the five that are ranked highest which are among the five best in truth."""
+    return len({*np.argsort(-ranking)[:5]} & {*np.argsort(-truth)[:5]}) / 5
+
+
 def difference_of_taus(pair, truth):
     """Kendall's tau of the first of a pair of rankings (2, n), less that of the second."""
     return kendall(pair[0], truth) - kendall(pair[1], truth)
@@ -169,9 +174,11 @@ def rankings(stage, drawn):
     for name, mine in values.items():
         tau, low, high = with_interval(kendall, mine, truth)
         more, least, most = with_interval(highest_fifth, mine, truth)
+        precision = np.mean([precision_at_5(one, truth) for one in mine])
         print(f"A{stage} {' '.join(name)}: tau {tau:+.2f} [{low:+.2f}, {high:+.2f}], its highest fifth is "
               f"{more:+.2f} [{least:+.2f}, {most:+.2f}] points above all, the first has "
-              f"{truth[mine.argmax(1)].mean():.2f} % (n = {len(both)}, {len(mine)} rankings)")
+              f"{truth[mine.argmax(1)].mean():.2f} %, precision at 5 is {precision:.2f} (by chance "
+              f"{5 / len(both):.2f}; n = {len(both)}, {len(mine)} rankings)")
         if name[1:] and len(values.get(name[:1], ())) == len(mine):
             pairs = np.stack([mine, values[name[:1]]], 1)
             tau, low, high = with_interval(difference_of_taus, pairs, truth)

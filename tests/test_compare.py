@@ -75,6 +75,12 @@ def test_the_highest_fifth_is_that_of_the_ranking():
     assert compare.highest_fifth(-truth, truth) == 0.5 - 4.5
 
 
+def test_precision_at_5_is_the_share_of_the_best_five_that_are_ranked_so():
+    truth = np.arange(10.0)
+    assert compare.precision_at_5(truth, truth) == 1 and compare.precision_at_5(-truth, truth) == 0
+    assert compare.precision_at_5(np.array([0, 0, 0, 5, 4, 0, 0, 1, 2, 3]), truth) == 3 / 5
+
+
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_networks_likelihood_is_what_the_derivation_maximises(stage):
     supernet, g = SuperNet(SPACES["small"][stage], 1, 10, data.generator(0)), data.generator(1)
@@ -152,7 +158,8 @@ def test_the_table_compares_kinds_with_random_networks_and_flags_with_the_defaul
                                     ("log_likelihood", 1, 93, ""), ("log_likelihood --x 1", -1, 88, "-2")):
         both = [line for line in said if line.startswith(f"A0 {what}: tau ")]
         assert f": tau {tau:+.2f} [{tau:+.2f}, {tau:+.2f}], " in both[0]
-        assert f" the first has {first:.2f} % (n = 6, 2 rankings)" in both[0]
+        assert f" the first has {first:.2f} %, precision at 5 is " in both[0]
+        assert both[0].endswith(" (by chance 0.83; n = 6, 2 rankings)")
         wanted = [f"A0 {what}: tau is {above}.00 [{above}.00, {above}.00] above the default's"]
         assert both[1:] == (wanted if above else [])
     assert said[-2:] == ["search.py: 3.0 minutes (n = 2)", "search.py --x 1: 2.0 minutes (n = 1)"]
