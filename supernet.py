@@ -3,7 +3,8 @@
 
 Every block chooses three times: an operation of Table 2, an expansion, an output width. Each choice has
 its logits, the architecture parameters alpha. A step draws two options of each without replacement
-(Gumbel top-2) and adds them up by gates, the softmax of their perturbed logits over the temperature. Only
+(Gumbel top-2) and adds them up by gates, the softmax of their perturbed logits over the temperature. When
+the weights learn, operations are drawn and weighted as if their logits were equal (search.py's default). Only
 these two paths are computed, forward and backward. With gates of 0 and 1 they are one network of the space.
 """
 import math

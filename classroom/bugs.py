@@ -20,7 +20,7 @@ BUGS = (
          "grow.py::test_copies_are_drawn_anew_for_every_set_of_channels")),
     Bug("ops.py", "return prefixes @ gates", "return prefixes @ gates.detach()",
         """The alphas of widths and expansions never move: after a whole search `plot.py` shows their
-        probabilities as uniform as at the start, while those of the operations have settled.""",
+        probabilities as uniform as at the start, while those of the operations have moved.""",
         ("supernet.py::test_the_sliced_supernet_is_the_full_width_masked_one",
          "supernet.py::test_an_alpha_step_has_a_gradient_for_the_sampled_options_alone",
          "ops.py::test_the_mask_is_the_weighted_sum_of_prefixes")),
@@ -53,8 +53,8 @@ BUGS = (
         alphas have gradients, and Adam steps.""",
         ("supernet.py::test_an_alpha_step_moves_the_sampled_options_alone_whatever_their_momentum",)),
     Bug("search.py", "tau = temperature(step / steps)", "tau = temperature(step / epoch_length)",
-        """The later stages stay undecided. By the log the temperature ends at 0.1 in A0, but at about 1 in A1
-        to A4; with `--epochs 2` it ends at 0.002 in all.""",
+        """In the later stages the weights learn mixtures of two networks to the end. By the log the
+        temperature ends at 0.1 in A0, but at about 1 in A1 to A4; with `--epochs 2` at 0.002 in all.""",
         ("search.py::test_a_stage_is_trained_step_for_step_as_the_paper_says",)),
     Bug("grow.py", "torch.cat([known, known[-1].expand(len(alpha) - len(known))])",
         "torch.cat([known, known.new_zeros(len(alpha) - len(known))])",

@@ -270,7 +270,7 @@ def full_size(batch, size=224):
     """Text: seconds, memory and FLOPs of the paper's steps at its own size, and of its whole search.
 
     FLOPs are counted forward, for one image: two paths, and the teacher. Backward takes twice as many for the
-    weights, as many for alpha, which has a step for every five of theirs.
+    weights, as many for alpha, which has a step for every two of theirs.
     """
     lines = [f"{batch} images of {size} pixels a step, 100 classes",
              "      blocks  grow s  weights s  alphas s  GB a step  GB weights  GFLOP forward  teacher"]
