@@ -207,10 +207,7 @@ def choose_stage(spaces, budget, show, nearest=False):
         ends += bounds(table)
         if not ends[-2] <= budget <= ends[-1]:
             continue
-        if nearest:
-            _, solution = bisect(log_p, table, budget, -1e3 / budget)
-        else:
-            solution = spend(log_p, table, budget)
+        solution = bisect(log_p, table, budget, -1e3 / budget)[1] if nearest else spend(log_p, table, budget)
         lost = viterbi(log_p, table, 0.0).log_likelihood - solution.log_likelihood
         if best is None or lost <= best[0]:
             best = lost, which, solution

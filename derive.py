@@ -4,8 +4,7 @@
     python derive.py runs/001 --flops 2M
     python derive.py runs/001 --latency 2ms      # measured here, for one image
 
-A network is a chain of choices, and what a block costs depends on its own choices and the width before it.
-So the most likely network within a budget is found exactly, and one that spends it (budget.py). Of grown
+The most likely network within a budget is found exactly, and one that spends it (budget.py). Of grown
 supernets it is the most likely one that keeps the operations of the network before.
 """
 from machinery import files, flags, folder, latency, processes, settings
@@ -57,8 +56,7 @@ def derive(supernet, flops=None, before=None):
 
     before: the `Arch` of the stage before, whose blocks keep their operations (`budget.keep_operations`).
     """
-    log_p, table = keep_operations(log_probabilities(supernet), space_costs(supernet), supernet.space, before,
-                                   flops)
+    (log_p, table), = spaces_of([supernet], [space_costs(supernet)], [before], flops)
     solution = spend(log_p, table, flops) if flops else viterbi(log_p, table, 0.0)
     return arch_of(supernet, solution.options)
 
@@ -129,10 +127,10 @@ def evaluate(network, loader, index):
     """The accuracy of `network`, in eval mode, on the images at `index`; each process has a shard of them."""
     network.eval()
     rank, world_size = processes.shard()
-    correct = torch.zeros(1, device=loader.device)
+    correct = 0
     for x, y in loader.ordered(index[rank::world_size]):
         correct += (network(x).argmax(1) == y).sum()
-    return float(processes.all_reduce_sum(correct)) / len(index)
+    return sum(processes.all_gather([int(correct)])) / len(index)
 
 
 def evaluate_derived(arch, supernet, loader, parts, *position):
@@ -146,9 +144,7 @@ def evaluate_derived(arch, supernet, loader, parts, *position):
 
 
 def open_supernet(run, stage):
-    """The supernet of a stage, on the CPU, from A<stage>.json and A<stage>.pt in the folder `run`. Refused if
-    these are not what a search writes.
-    """
+    """The supernet in A<stage>.json and A<stage>.pt of a run, on the CPU. Refused if these are none."""
     arch, weights = arch_in(run, stage), run / f"A{stage}.pt"
     space = SPACES[arch.space][stage]._replace(resolution=arch.resolution)
     with torch.device("meta"):                      # takes no memory for what the file does not hold
@@ -189,8 +185,7 @@ def main(argv=None):
         rows = front(supernets, before, args.points, accuracy)
         name, text = "points", json.dumps(rows, indent=1) + "\n"
     else:
-        name, arch = under_budget(args, supernets, before, accuracy)
-        text = arch.to_json()
+        name, text = under_budget(args, supernets, before, accuracy)
     path = args.out or args.run / f"{name}.json"
     files.write(path, text)
     print(f"written: {path}")
@@ -226,7 +221,7 @@ def front(supernets, before, points, accuracy):
 
 
 def under_budget(args, supernets, before, accuracy):
-    """(name of its file, `Arch`): the network of `budget.spend` for the budget which `args` names, or without
+    """(name of its file, text): the network of `budget.spend` for the budget which `args` names, or without
     one the supernet's most likely. Of args.refine likely ones it is the most accurate.
     """
     budget = args.flops or args.params or args.latency
@@ -258,7 +253,7 @@ def under_budget(args, supernets, before, accuracy):
         lost = viterbi(*spaces[which], 0.0).log_likelihood - solution.log_likelihood
         print(f"{100 * (1 - solution.cost / budget):.2f} % under the budget; it costs {lost:.2f} nats of "
               "likelihood")
-    return name, arch
+    return name, arch.to_json()
 
 
 def latency_costs(supernets, file):

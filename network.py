@@ -173,31 +173,41 @@ def load(path):
     return trained.to(memory_format=torch.contiguous_format).eval()
 
 
-def read_image(path, arch, crop):
-    """The middle of an image file as uint8 pixels (1, C, R, R): grey or RGB, upright, transparent is white.
+def converted(image, mode):
+    """A PIL image of any mode as "RGB" or grey, "L": upright, transparent is white, 16 bits become 8.
 
-    ValueError, with the path, if it cannot be read.
+    ValueError for numbers whose white is unknown.
     """
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode[0] == "I":                       # 16 bits; Pillow's own conversion cuts at 255
-                values = np.asarray(image).astype(np.int64)
-                if not 0 <= values.min() <= values.max() < 2 ** 16:
-                    raise ValueError("more than 16 bits a pixel")
-                image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
-            if image.mode == "F":
-                raise ValueError("its pixels are floats, of unknown range")
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB" if arch.in_channels == 3 else "L")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image ({error})") from None
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):                         # 16 bits; Pillow's own conversion cuts at 255
+        values = np.asarray(image).astype(np.int64)
+        if not 0 <= values.min() <= values.max() < 2 ** 16:
+            raise ValueError("more than 16 bits a pixel")
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))       # 65535 = 257 * 255
+    if image.mode == "F":
+        raise ValueError("its pixels are floats, of unknown range")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(mode)
+
+
+def cropped(image, resolution, crop):
+    """The middle of a PIL image, `crop` of its shorter side, as uint8 pixels (C, R, R)."""
     side = crop * min(image.size)
     left, top = ((length - side) / 2 for length in image.size)
-    return pil_to_tensor(image.resize((arch.resolution, arch.resolution), Image.Resampling.BILINEAR,
-                                      (left, top, left + side, top + side)))[None]
+    return pil_to_tensor(image.resize((resolution, resolution), Image.Resampling.BILINEAR,
+                                      (left, top, left + side, top + side)))
+
+
+def read_image(path, arch, crop):
+    """The middle of an image file as uint8 pixels (1, C, R, R). ValueError, with the path, if it has none."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            image = converted(image, "RGB" if arch.in_channels == 3 else "L")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as an image ({error})") from None
+    return cropped(image, arch.resolution, crop)[None]
 
 
 @torch.no_grad()

@@ -148,7 +148,7 @@ def previous(args, out, loader, parts, run):
     Every process reads them from the folder `out`, so on many machines it must be one that all see.
     """
     stage = run.state["stage"] - 1
-    if stage < 0 or args.method == "scaling":
+    if stage < 0:
         return None, None
     supernet, network = open_supernet(out, stage).to(run.device), None
     if args.distill and args.teacher == "network":

@@ -140,13 +140,9 @@ def test_task_1_2_equal_widths_give_no_gradient():
 def layers(inputs=1, hidden=64, stride=1, expand=True):
     """A block whose kernels are all ones, but depthwise, which has its middle tap alone; one output."""
     block = ops.InvertedResidual(inputs, hidden, 1, stride, expand)
-    with torch.no_grad():
-        for layer in block.modules():
-            if isinstance(layer, nn.Conv2d):
-                layer.weight.fill_(1)
-                if layer.bias is not None:
-                    layer.bias.fill_(0)
-        nn.init.dirac_(block.depthwise.weight, groups=hidden)
+    for p in block.parameters():
+        nn.init.constant_(p, float(p.dim() > 1))            # and biases are zeros
+    nn.init.dirac_(block.depthwise.weight, groups=hidden)
     return block
 
 
@@ -168,9 +164,8 @@ def test_task_1_3_activations_and_the_mask():
 def test_task_1_3_squeeze_and_excite_are_masked_too():
     """56 reach squeeze; 8 squeezed channels of weight 1 and 8 of 0.75 count as 14."""
     block = layers()
-    with torch.no_grad():
-        block.squeeze.weight.fill_(1 / 56)
-        block.excite.weight.fill_(1 / 14)
+    nn.init.constant_(block.squeeze.weight, 1 / 56)
+    nn.init.constant_(block.excite.weight, 1 / 14)
     for name, value, wanted in (("ir_k3_se", 1., 56 * 4 / 6), ("ir_k3_se_hs", 3., 168.), ("ir_k3", 1., 56.)):
         found, = candidates(block, planes(value), [name])
         expect(f"{name} of a pixel of {value:g}, where squeeze and excite only take means", found,
@@ -200,8 +195,7 @@ def test_task_1_3_channels_beyond_the_widest_hidden_width_are_not_computed():
 
 def test_task_1_3_a_3x3_kernel_is_the_middle_of_the_5x5_one():
     block = layers(hidden=8)
-    with torch.no_grad():
-        block.depthwise.weight.fill_(1)
+    nn.init.ones_(block.depthwise.weight)
     for name, taps in (("ir_k3", 9.), ("ir_k5", 25.)):
         found, = candidates(block, torch.ones(1, 1, 5, 5), [name], (8, 8))
         expect(f"the middle pixel of {name} over 5 x 5 ones, 8 hidden channels, kernels of ones",
@@ -496,11 +490,13 @@ def test_task_3_3_all_randomness_is_the_generators():
 
 # ---- 3.4 identity
 
+SHARES = {"eq3": [[0.5, 0, 0, 0.5], [0, 0.5, 0.5, 0]], "split": [[0.9, 0, 0, 0.1], [0, 0.2, 0.8, 0]],
+          "zero": [[1., 0, 0, 0], [0, 1, 0, 0]]}
+
+
 def new_block(widen="eq3"):
     """The layers of a block from 2 channels to 4 hidden ones, after `identity`; the map is [0, 1, 1, 0]."""
     block, given = ops.InvertedResidual(2, 4, 2), seeded()
-    shares = {"eq3": [[0.5, 0, 0, 0.5], [0, 0.5, 0.5, 0]], "split": [[0.9, 0, 0, 0.1], [0, 0.2, 0.8, 0]],
-              "zero": [[1., 0, 0, 0], [0, 1, 0, 0]]}
 
     def channel_map(old, new, generator=None):
         expect("what channel_map is asked for: old and new channels", (old, new), (2, 4))
@@ -513,7 +509,7 @@ def new_block(widen="eq3"):
 
     def consume(weight, f, widen="eq3", generator=None):
         expect("the weight that is consumed", weight.view(2, 2), torch.eye(2))
-        return torch.tensor(shares[widen]).view(2, 4, *weight.shape[2:])
+        return torch.tensor(SHARES[widen]).view(2, 4, *weight.shape[2:])
     with (mock.patch.multiple(grow, channel_map=channel_map, produce=produce, consume=consume),
           torch.no_grad()):
         block.norm3.weight.fill_(7)
@@ -522,9 +518,7 @@ def new_block(widen="eq3"):
 
 
 def test_task_3_4_expand_and_project():
-    for widen, wanted in (("eq3", [[0.5, 0, 0, 0.5], [0, 0.5, 0.5, 0]]),
-                          ("split", [[0.9, 0, 0, 0.1], [0, 0.2, 0.8, 0]]),
-                          ("zero", [[1., 0, 0, 0], [0, 1, 0, 0]])):
+    for widen, wanted in SHARES.items():
         block = new_block(widen)
         expect("the expand kernels, for the map [0, 1, 1, 0]", block.expand.weight.view(4, 2),
                torch.tensor([[1., 0], [0, 1], [0, 1], [1, 0]]))
@@ -604,22 +598,17 @@ def test_task_4_2_other_ends():
 
 # ---- 5.1 candidate
 
-def rows(found):
-    """Name, inputs, outputs, pixels in, pixels out, kernel of each layer."""
-    return [tuple(layer[:6]) for layer in found]
-
-
 def test_task_5_1_with_squeeze_and_excite():
     found = flops.candidate("ir_k5_se", 16, 64, 24, True, 2, 7)
     expect("ir_k5_se, 16 -> 64 -> 24 channels, stride 2, 7 pixels (name, inputs, outputs, pixels in, pixels, "
-           "kernel)", rows(found),
+           "kernel)", [layer[:6] for layer in found],
            [("expand", 16, 64, 7, 7, 1), ("depthwise", 64, 64, 7, 4, 5), ("squeeze", 64, 16, 4, 1, 1),
             ("excite", 16, 64, 1, 4, 1), ("project", 64, 24, 4, 4, 1)])
 
 
 def test_task_5_1_without_squeeze_excite_or_expand():
     found = flops.candidate("ir_k3_hs", 16, 16, 8, False, 1, 14)
-    expect("ir_k3_hs, 16 -> 16 -> 8 channels, no expand, stride 1, 14 pixels", rows(found),
+    expect("ir_k3_hs, 16 -> 16 -> 8 channels, no expand, stride 1, 14 pixels", [layer[:6] for layer in found],
            [("depthwise", 16, 16, 14, 14, 3), ("project", 16, 8, 14, 14, 1)])
 
 
@@ -694,8 +683,7 @@ def test_task_5_2_a_wide_block_with_squeeze_and_excite():
 def test_task_5_2_the_supernet_keeps_its_own():
     small, net = inherited()
     before = net.stem.weight.clone()
-    with torch.no_grad():
-        small.stem[0].weight.fill_(99)
+    nn.init.constant_(small.stem[0].weight, 99)
     expect("the supernet's stem after the network's has changed", net.stem.weight, before)
 
 

@@ -15,12 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torchvision.transforms import v2
 
-# Others are not tried, whatever a file says that it is: a PostScript file would be run, by Ghostscript.
+from network import FORMATS, converted, cropped
+
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif")
-FORMATS = sorted({name for ending, name in Image.registered_extensions().items() if ending in ENDINGS})
 CHUNK = 32                                                # images that a worker hands over at once
 
 
@@ -58,10 +58,7 @@ class Folder(NamedTuple):
         except OSError as error:
             raise files.Refused(f"{path}: {error}: this image was whole, or not checked, before") from None
         if seed < 0:
-            side = min(image.size) * self.crop
-            left, top = ((length - side) / 2 for length in image.size)
-            size, box = (self.resolution, self.resolution), (left, top, left + side, top + side)
-            return v2.functional.pil_to_tensor(image.resize(size, Image.Resampling.BILINEAR, box))
+            return cropped(image, self.resolution, self.crop)
         with torch.random.fork_rng(devices=[]):           # transforms draw from the global generator
             torch.default_generator.manual_seed(seed)
             return v2.Compose([v2.RandomResizedCrop(self.resolution), v2.RandomHorizontalFlip(),
@@ -111,7 +108,7 @@ def decode(path, small=False):
                 if small:
                     image.draft("RGB", (1, 1))
                 image.load()
-                return rgb(ImageOps.exif_transpose(image))
+                return converted(image, "RGB")
     except UnidentifiedImageError:
         raise OSError("is no image") from None
     except (*files.BROKEN, SyntaxError, Image.DecompressionBombError) as error:     # what Pillow raises
@@ -120,18 +117,3 @@ def decode(path, small=False):
         if lacking or isinstance(error, MemoryError):
             raise files.Refused(f"{path}: {why}: take fewer --workers, or 0") from None
         raise OSError(why) from None
-
-
-def rgb(image):
-    """A PIL image of any mode as RGB. ValueError for numbers whose white is unknown."""
-    if image.mode.startswith("I"):                        # 16 bits; Pillow's own conversion cuts at 255
-        values = np.asarray(image).astype(np.int64)
-        if not 0 <= values.min() <= values.max() < 2 ** 16:
-            raise ValueError("more than 16 bits a pixel")
-        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))       # 65535 = 257 * 255
-    if image.mode == "F":
-        raise ValueError("its pixels are floats, of unknown range")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")

@@ -58,6 +58,16 @@ def read_json(path, kind=dict):
     return content
 
 
+@contextlib.contextmanager
+def reading(file, what="what a run writes"):
+    """In here, what goes wrong with the content of a file is Refused: it is not `what` it should be."""
+    try:
+        yield
+    except BROKEN as error:
+        why = str(error).partition("\n")[0] if isinstance(error, (RuntimeError, ValueError)) else repr(error)
+        raise Refused(f"{file} is not {what} ({why})") from None
+
+
 def pack(checkpoint):
     """A checkpoint, a dict -> bytes."""
     buffer = io.BytesIO()

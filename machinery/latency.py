@@ -2,8 +2,6 @@
 
 A space has far too many networks to measure each of them. But they are made of few different layers
 (`flops.Layer`): each of these is measured once, and a network takes as long as its layers together.
-
-Times are whole nanoseconds: their sums are exact in any order, as those of MACs are, and so is budget.py.
 """
 from machinery.files import Refused, read_json, write
 
@@ -18,13 +16,12 @@ import time
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.ops import Conv2dNormActivation
 
 import data
+from network import ACTIVATIONS, conv
 
 ROUNDS, CALLS = 11, 3            # rounds, and measured calls in each, behind one that is not
 SAMPLE = 20                      # random networks, at least, that layers are compared with
-ACTIVATIONS = {"relu": nn.ReLU, "hswish": nn.Hardswish, "": None}
 
 
 def show(nanoseconds):
@@ -52,8 +49,8 @@ def build(layer):
         module = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, outputs))
     else:
         stride, groups = 1 + (layer.pixels < layer.pixels_in), outputs if layer.name == "depthwise" else 1
-        module = Conv2dNormActivation(inputs, outputs, layer.kernel, stride, groups=groups, inplace=None,
-                                      activation_layer=ACTIVATIONS[layer.act])
+        module = conv(inputs, outputs, layer.kernel, stride, groups=groups,
+                      activation_layer=ACTIVATIONS.get(layer.act))
     module = module.eval().to(memory_format=torch.channels_last)
     if layer.name == "excite":
         scaled = random_image(outputs, layer.pixels)

@@ -101,7 +101,7 @@ def canvas(figure, width, height):
 def costs(run):
     """{"A0": "0.88 M MACs", ..} of a run's networks."""
     file = Path(run) / "summary.json"
-    with results.reading(file):
+    with files.reading(file):
         return {f"A{row['stage']}": f"{row['flops'] / 1e6:.{2 if row['flops'] < 1e8 else 0}f} M MACs"
                 for row in files.read_json(file, list)}
 
@@ -125,7 +125,7 @@ def decisions(run):
     """
     stages, archs, stands = results.history(run), results.archs(run), {}
     for stage, steps in stages.items():
-        with results.reading(Path(run) / "log.jsonl"):      # a stage that has not ended has no network
+        with files.reading(Path(run) / "log.jsonl"):      # a stage that has not ended has no network
             arch = archs.get(f"A{stage}") or SPACES[next(iter(archs.values())).space][stage]
             stands[stage] = positions(arch)
             for _, blocks in steps:
@@ -203,7 +203,7 @@ def moments(run, archs, stages, spaces):
         name, last = f"A{stage}", steps[-1][0]
         for step, blocks in [*steps[::math.ceil(len(steps) / 12)], steps[-1]]:
             options = [[np.argmax(block.get(choice, 1)) for choice in CHOICES] for block in blocks]
-            with results.reading(Path(run) / "log.jsonl"):
+            with files.reading(Path(run) / "log.jsonl"):
                 arch = spaces[stage].arch(options, 1, 10)
             yield stage, blocks, arch, (name, f"step {step}/{last}"), f"A{stage - 1}"
         if name in archs:
@@ -219,7 +219,7 @@ def search(run, path):
     points = {name: (macs, accuracy)
               for name, _, macs, _, accuracy in results.measured(Path(run) / "summary.json")}
     like, rows = next(iter(archs.values())), sorted(set().union(*stands.values()))
-    with results.reading(Path(run) / "A0.json"):
+    with files.reading(Path(run) / "A0.json"):
         spaces = {stage: SPACES[like.space][stage]._replace(resolution=like.resolution) for stage in stages}
     middle, step, width = columns([*spaces.values(), *archs.values()])
     widest, high = max(b.widths[-1] for space in spaces.values() for b in space.blocks), 0.14 * len(rows)

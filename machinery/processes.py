@@ -111,14 +111,6 @@ def average_buffers(network):
         buffer.copy_(mean)
 
 
-def all_reduce_sum(tensor):
-    """The sum of a tensor over all processes."""
-    if world_size() > 1:
-        with all_alive():
-            dist.all_reduce(tensor)
-    return tensor
-
-
 def on_rank0(function, *arguments):
     """What `function(*arguments)` returns on rank 0, on all ranks; or what it refuses or exits with there."""
     if world_size() == 1:

@@ -2,7 +2,6 @@
 from machinery import files
 from machinery.run import differences
 
-import contextlib
 import json
 import math
 from pathlib import Path
@@ -17,15 +16,6 @@ WORDS = {"cst": "curriculum search", "direct": "direct search", "naive": "naive 
 
 class Missing(files.Refused):
     """A run does not have what a picture shows, though nothing is wrong with it."""
-
-
-@contextlib.contextmanager
-def reading(file):
-    """What goes wrong in here, with a file that a run left, is refused with the file's name."""
-    try:
-        yield
-    except files.BROKEN as error:
-        raise files.Refused(f"{file} is not what a run writes ({error!r})") from None
 
 
 def printable(text):
@@ -49,7 +39,7 @@ def measured(file):
     [(name, init, MACs in M, parameters in M, accuracy in %), ..]; init is train.py's, or "scratch".
     """
     rows = files.read_json(file, list) if file.exists() else []
-    with reading(file):
+    with files.reading(file):
         found = [(printable(row.get("name", f"A{row['stage']}")), printable(row.get("init", "scratch")),
                   row["flops"] / 1e6, row["params"] / 1e6, 100 * row["accuracy"])
                  for row in rows if row["accuracy"] is not None]
@@ -105,7 +95,7 @@ def archs(run):
     """{"A0": its `Arch`, ..} of A0.json .. in a run's folder."""
     found = {}
     for file in sorted(Path(run).glob("A[0-4].json")):
-        with reading(file):
+        with files.reading(file):
             found[file.stem] = arch = Arch.from_json(file.read_text())
             if max(arch.resolution, arch.stem, arch.head, *(b.out for b in arch.blocks)) > 10 ** 6:
                 raise ValueError("a width or a resolution beyond a million")
@@ -117,7 +107,7 @@ def archs(run):
 def history(run):
     """{stage: [(step, blocks), ..]}: the probabilities in a run's log.jsonl; a dict a block, by choice."""
     file, stages = Path(run) / "log.jsonl", {stage: {} for stage in range(5)}
-    with reading(file):
+    with files.reading(file):
         for row in map(json.loads, file.read_text().splitlines() if file.exists() else ()):
             for step, blocks in row.get("alphas", []):
                 for p in (p for block in blocks for p in block.values()):
@@ -152,8 +142,6 @@ def is_trained(args, settings, read):
 
 def enter(file, row):
     """Write `row` into a trained.json, in place of the one of its name and init."""
-    def key(row):
-        return row["name"], row["init"]
     rows = files.read_json(file, list) if file.exists() else []
-    rows = [*(other for other in rows if key(other) != key(row)), row]
-    files.write(file, json.dumps(sorted(rows, key=key), indent=1) + "\n")
+    by_key = {(each["name"], each["init"]): each for each in [*rows, row]}
+    files.write(file, json.dumps([each for _, each in sorted(by_key.items())], indent=1) + "\n")

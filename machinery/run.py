@@ -13,7 +13,6 @@ The loop that it carries holds the method, and reads as if none of this were the
 """
 from machinery import files, processes
 
-import contextlib
 import json
 import multiprocessing
 import time
@@ -57,9 +56,7 @@ class Run:
         self.objects, self.saved, self.clock = {}, None, time.perf_counter()
 
     def resume(self):
-        """Read the checkpoint, if there is one; `begin` restores from it. files.Refused if it is not whole,
-        or not of this run.
-        """
+        """Read the checkpoint, if there is one, for `begin`. files.Refused if it is broken, or another's."""
         path = self.checkpoint_path
         if path is None or not processes.on_rank0(path.exists):
             return
@@ -67,7 +64,7 @@ class Run:
         if saved.get("version") != VERSION:
             raise files.Refused(f"{path} is of version {saved.get('version')}, this is version {VERSION}: "
                                 "start anew")
-        with self.refusing():
+        with files.reading(path, "a checkpoint of this run"):
             for key, before, value in differences(saved["settings"], self.settings):
                 raise ValueError(f"its {key} is {before}, not {value}")
             self.state = {key: type(value)(saved[key]) for key, value in self.state.items()}
@@ -75,22 +72,13 @@ class Run:
                                      for kind, (total, count) in self.state["metrics"].items()}
         self.saved = saved
 
-    @contextlib.contextmanager
-    def refusing(self):
-        """In here, whatever does not fit in the checkpoint ends in files.Refused."""
-        try:
-            yield
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            why = str(error).partition("\n")[0]
-            raise files.Refused(f"{self.checkpoint_path} is not a checkpoint of this run ({why})") from None
-
     def begin(self, stage, **objects):
         """Begin a stage, whose checkpoints hold the state_dict of all `objects`; or go on in it where the
         checkpoint ends. Returns the number of its next step.
         """
         self.objects = {name: value for name, value in objects.items() if value is not None}
         if self.saved is not None:
-            with self.refusing():
+            with files.reading(self.checkpoint_path, "a checkpoint of this run"):
                 for name, value in self.objects.items():
                     value.load_state_dict(self.saved[name])
             self.saved = None

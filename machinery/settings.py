@@ -2,6 +2,7 @@
 from machinery import files, flags, folder
 from machinery.files import Refused
 from machinery.flags import amount, number
+from machinery.run import differences
 
 import argparse
 import contextlib
@@ -164,9 +165,8 @@ def read(run, images=None):
     settings = files.read_json(file)
     try:
         args = completed(search_parser(None).parse_args(argv_of(settings)))
-        for key, value in settings.items():
-            if getattr(args, key) != value:
-                raise Refused(f"{key} is {value!r}, not {getattr(args, key)!r}")
+        for key, found, value in differences(settings, kept(args)):
+            raise Refused(f"{key} is {found!r}, not {value!r}")
     except Refused as error:
         raise Refused(f"{file} is not what a run writes ({error})") from None
     if images and not {images, args.data} & set(data.NAMES) and folder.is_same(
@@ -212,11 +212,8 @@ def search_arguments(argv, description):
     if args.resume and (args.out / "args.json").exists():
         ran = read(args.out)
         args = completed(p.parse_args([*argv_of(kept(ran)), *argv]))
-        asked = same_run(args)
-        for key, value in same_run(ran).items():
-            if asked[key] != value:
-                raise Refused(f"--{key.replace('_', '-')} is {asked[key]}, but the run in {args.out} has "
-                              f"{value}")
+        for key, before, value in differences(same_run(ran), same_run(args)):
+            raise Refused(f"--{key.replace('_', '-')} is {value}, but the run in {args.out} has {before}")
     args = completed(args)
     flags.batch_pieces(args)
     if args.out and args.out.is_dir() and not args.dry_run:
@@ -237,18 +234,15 @@ def check_folder(out, resume):
 
 
 def run_folder(args, stack):
-    """The folder of a search, made and locked until `stack` ends: args.out, or the next of runs/001, ..
-
-    Refused, under the lock, if it holds something else than the run that is to be resumed.
+    """The folder of a search, made, locked until `stack` ends, and checked: args.out, or the next of
+    runs/001, ..
     """
-    if args.out is None:
-        for n in itertools.count(1):
-            out = Path("runs") / f"{n:03d}"
-            with contextlib.suppress(FileExistsError):
-                out.mkdir(parents=True)
-                break
-    else:
-        out = args.out
+    out, numbers = args.out, itertools.count(1)
+    while out is None:
+        with contextlib.suppress(FileExistsError):
+            free = Path("runs") / f"{next(numbers):03d}"
+            free.mkdir(parents=True)
+            out = free
     flags.lock(out, stack)
     check_folder(out, args.resume)
     return out

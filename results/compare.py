@@ -107,15 +107,8 @@ def precision_at_5(ranking, truth):
     return len({*np.argsort(-ranking)[:5]} & {*np.argsort(-truth)[:5]}) / 5
 
 
-def difference_of_taus(pair, truth):
-    """Kendall's tau of the first of a pair of rankings (2, n), less that of the second."""
-    return kendall(pair[0], truth) - kendall(pair[1], truth)
-
-
 def with_interval(statistic, rankings, truth, resamples=2000):
-    """(the mean of statistic(ranking, truth) over rankings (r, .., n), low, high): with the 95 % interval by
-    bootstrap over the n networks.
-    """
+    """(mean of statistic(ranking, truth), low, high): 95 % by bootstrap over the n networks of truth (n,)."""
     generator, n = np.random.default_rng(0), len(truth)
 
     def mean(which):
@@ -181,7 +174,8 @@ def rankings(stage, drawn):
               f"{5 / len(both):.2f}; n = {len(both)}, {len(mine)} rankings)")
         if name[1:] and len(values.get(name[:1], ())) == len(mine):
             pairs = np.stack([mine, values[name[:1]]], 1)
-            tau, low, high = with_interval(difference_of_taus, pairs, truth)
+            tau, low, high = with_interval(lambda pair, y: kendall(pair[0], y) - kendall(pair[1], y), pairs,
+                                           truth)
             print(f"A{stage} {' '.join(name)}: tau is {tau:+.2f} [{low:+.2f}, {high:+.2f}] above the "
                   "default's")
 

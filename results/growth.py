@@ -133,8 +133,7 @@ def picture(path):
             axis.hlines(y.mean(), x - 0.4, x + 0.4, "black", lw=1)
             axis.text(x, 99, f"{100 * row['twins']:.0f}", ha="center", va="top", fontsize=6)
         axis.set_xticks(range(len(WAYS)), WAYS, rotation=90)
-        axis.set_title(f"A{stage - 1} grows to A{stage}")
-        axis.set_ylim(0, 100)
+        axis.set(title=f"A{stage - 1} grows to A{stage}", ylim=(0, 100))
     figure.axes[0].set_ylabel("accuracy (%) of 50 random networks,\nmean; above: % of twin channels")
     return save(figure, path)
 

@@ -142,8 +142,7 @@ def picture(kinds, args, path):
         else:
             axis.plot(x, y, ".--", color=colour, label=label)
             axis.errorbar(x + 0.025 * which, y, spread, color=colour, ls="", elinewidth=0.8)
-    axis.set_xlabel("MACs (M)")
-    axis.set_ylabel("accuracy (%), mean and one deviation")
+    axis.set(xlabel="MACs (M)", ylabel="accuracy (%), mean and one deviation")
     axis.legend(loc="lower right")
     return save(figure, path)
 

@@ -4,15 +4,12 @@ A finished network is a row of networks.jsonl, a finished search a row a stage o
 row is not done again, so that any call goes on where the last one ended.
 """
 from machinery import flags, processes, settings
-from machinery.results import reading
-from machinery.run import Run
+from machinery.files import reading
 
-import contextlib
 import fcntl
 import functools
 import itertools
 import json
-import math
 import os
 import time
 from pathlib import Path
@@ -24,7 +21,6 @@ import data
 import flops
 import search
 import train
-from derive import evaluate
 from results.many import train_many
 from space import CANDIDATES, SPACES, Arch
 
@@ -169,15 +165,6 @@ def training_arguments(arch, seed, epochs, device):
     return train.completed(settings.train_parser(None).parse_args(argv), arch, f"A{arch.stage}", device)
 
 
-def train_one(arch, args, loader, parts):
-    """The accuracy on `parts`[1] of an `Arch` trained on `parts`[0], by train.py's own loop."""
-    run = Run(None, {}, loader.device, most_skipped=0)
-    with contextlib.redirect_stdout(None):              # it has a line when it has ended
-        network = train.train(train.initial(arch, args), arch.stage, loader, parts[0],
-                              lambda network: math.nan, args, run)
-    return evaluate(network, loader, parts[1])
-
-
 def add_networks(given):
     """Train (parts of what `train_all` takes, on a device), and add a row a network.
 
@@ -189,10 +176,7 @@ def add_networks(given):
         archs, clock = [*map(Arch.from_json, archs)], time.perf_counter()
         args = training_arguments(archs[0], seed, epochs, torch.device(device))
         loader, split = loader_of(args.batch_size, device)
-        if device == "cpu":
-            accuracies = [train_one(arch, args, loader, split) for arch in archs]
-        else:
-            accuracies = train_many(archs, args, loader, split)
+        accuracies = train_many(archs, args, loader, split)
         seconds = (time.perf_counter() - clock) / len(archs)
         for kind, number, arch, accuracy in zip(kinds, numbers, archs, accuracies):
             add(NETWORKS, {"kind": kind, "number": number, "stage": arch.stage, "seed": seed,

@@ -1,6 +1,8 @@
 """Figures 5 and 6: ways are compared seed by seed, and pictures show the rows; many networks side by side
 learn what train.py's own loop teaches one.
 """
+from machinery.run import Run
+
 import argparse
 import itertools
 
@@ -37,17 +39,16 @@ def test_all_batches_are_those_of_the_loader(small):
 
 
 def test_side_by_side_networks_learn_what_trains_own_loop_teaches(small, monkeypatch):
-    ends, archs = [], networks.random_networks(1, 2)
-    for module in (networks, many):
-        monkeypatch.setattr(module, "evaluate", lambda network, *given: ends.append(network) or 0.5)
+    (loader, parts), ends, archs = small, [], networks.random_networks(1, 2)
+    monkeypatch.setattr(many, "evaluate", lambda network, *given: ends.append(network) or 0.5)
     for module in (train, many):
         monkeypatch.setattr(module, "RECALIBRATION", 2)
     args = networks.training_arguments(archs[0], 1, 2, torch.device("cpu"))
-    for arch in archs:
-        networks.train_one(arch, args, *small)
-    assert many.train_many(archs, args, *small) == [0.5, 0.5]
-    for one, other in zip(ends[:2], ends[2:]):
-        for (name, a), b in zip(one.state_dict().items(), other.state_dict().values()):
+    assert many.train_many(archs, args, loader, parts) == [0.5, 0.5]
+    for arch, end in zip(archs, ends, strict=True):
+        one = train.train(train.initial(arch, args), 1, loader, parts[0], lambda network: 0.5, args,
+                          Run(None, {}, loader.device))
+        for (name, a), b in zip(one.state_dict().items(), end.state_dict().values()):
             assert torch.equal(a, b) or "num_batches" in name      # which nothing reads
     assert not torch.equal(ends[0].classifier.weight, ends[1].classifier.weight)
 
