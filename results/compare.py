@@ -118,8 +118,10 @@ def with_interval(statistic, rankings, truth, resamples=2000):
 
 
 def lengths(stage, trained):
-    """Print how long to train: deviation between networks' means, and between seeds of a network, of which
-    `rank --searches 0 --draws 6 --seeds 3 --epochs 10` trains three.
+    """Print how long to train: by how much networks deviate, and training seeds of one network.
+
+    Means over seeds deviate by what seeds add, too, which is taken off. Such networks are trained by `rank
+    --searches 0 --draws 6 --seeds 3 --epochs 10`.
     """
     for epochs in (3, 6, 10, 20):
         by = {}
@@ -128,10 +130,11 @@ def lengths(stage, trained):
                 by.setdefault(row["number"], {})[row["seed"]] = 100 * row["accuracy"]
         full = [[*seeds.values()] for seeds in by.values() if len(seeds) > 1]
         if len(full) > 1:
-            seeds = np.mean([np.var(x, ddof=1) for x in full]) ** 0.5
-            means = np.std([np.mean(x) for x in full], ddof=1)
-            print(f"A{stage}, {epochs} epochs: means of networks deviate by {means:.2f} points, seeds of a "
-                  f"network by {seeds:.2f} (n = {len(full)})")
+            seeds = np.mean([np.var(x, ddof=1) for x in full])
+            added = np.mean([np.var(x, ddof=1) / len(x) for x in full])
+            between = max(0.0, np.var([np.mean(x) for x in full], ddof=1) - added)
+            print(f"A{stage}, {epochs} epochs: networks deviate by {between ** 0.5:.2f} points, seeds of one "
+                  f"by {seeds ** 0.5:.2f} (n = {len(full)}, {sum(map(len, full)) / len(full):.0f} seeds)")
 
 
 def kinds(stage, found):

@@ -75,6 +75,17 @@ def test_the_highest_fifth_is_that_of_the_ranking():
     assert compare.highest_fifth(-truth, truth) == 0.5 - 4.5
 
 
+def test_how_long_to_train_is_told_by_networks_and_their_seeds(capsys):
+    """Means of 88, 90 and 92 deviate by 2; two seeds of each, 1 beside it, by sqrt(2), which adds 1."""
+    rows = [{"kind": kind, "stage": 2, "number": n, "seed": seed, "epochs": epochs,
+             "accuracy": (mean + 2 * seed - 1) / 100}
+            for n, mean in enumerate((88, 90, 92)) for seed in range(2)
+            for kind, epochs in (("random", 6), ("largest", 10))]
+    compare.lengths(2, [*rows, rows[0] | {"number": 7, "accuracy": 0.5}, rows[0] | {"stage": 1}])
+    assert capsys.readouterr().out == (
+        "A2, 6 epochs: networks deviate by 1.73 points, seeds of one by 1.41 (n = 3, 2 seeds)\n")
+
+
 def test_precision_at_5_is_the_share_of_the_best_five_that_are_ranked_so():
     truth = np.arange(10.0)
     assert compare.precision_at_5(truth, truth) == 1 and compare.precision_at_5(-truth, truth) == 0
