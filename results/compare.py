@@ -91,6 +91,11 @@ def interval(one, other):
     return difference, student(degrees) * (a + b) ** 0.5
 
 
+def paired(values):
+    """The mean of some differences, and half of its 95 % interval (Student's)."""
+    return np.mean(values), student(len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+
+
 def kendall(one, other):
     """Kendall's tau-b of two lists of numbers."""
     one, other = (np.sign(np.subtract.outer(x, x))[np.triu_indices(len(x), 1)] for x in (one, other))
@@ -183,6 +188,23 @@ def rankings(stage, drawn):
                   "default's")
 
 
+def over_stages(found):
+    """Print the accuracy of searches in the mean of some stages, and by how much it is above the default's,
+    seed by seed. found: for each stage what `networks.trained` returns.
+    """
+    means = {}
+    for kind in (kind for kind in found[0] if kind.startswith("searched")):
+        seeds = set.intersection(*(set(of_stage.get(kind, ())) for of_stage in found))
+        means[kind] = {seed: np.mean([of_stage[kind][seed][1] for of_stage in found]) for seed in seeds}
+    default = means.get("searched", {})
+    for kind, mine in means.items():
+        both = mine.keys() & default.keys()
+        if kind != "searched" and len(both) > 1:
+            difference, half = paired([mine[seed] - default[seed] for seed in both])
+            print(f"{kind}: {np.mean([*mine.values()]):.2f} % in the mean of these stages (n = {len(mine)}), "
+                  f"{difference:+.2f} +- {half:.2f} above the default (n = {len(both)})")
+
+
 def minutes():
     """Print how long searches with each flags took, in the mean over their seeds, on one thread each."""
     seconds = {}                                # {command: {search seed: [seconds of each stage]}}
@@ -197,12 +219,13 @@ def minutes():
 def table(args):
     """Print what the rows say: accuracy on the validation split in %."""
     every = networks.rows(networks.NETWORKS)
-    for stage in args.stages:
+    found = {stage: networks.trained(stage, args.epochs) for stage in args.stages}
+    for stage, of_stage in found.items():
         lengths(stage, every)
-        found = networks.trained(stage, args.epochs)
-        if "random" in found:
-            kinds(stage, found)
-            rankings(stage, found["random"])
+        if "random" in of_stage:
+            kinds(stage, of_stage)
+            rankings(stage, of_stage["random"])
+    over_stages([*found.values()])
     minutes()
 
 

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 import flops
 from budget import scale
 from results import networks
-from results.compare import interval, student
+from results.compare import interval, paired
 
 ALPHA = ["--draw", "alpha"]                     # the default was this when the ways were searched
 CURRICULUM = " ".join(("searched", *ALPHA))     # as compare.py names it
@@ -77,11 +77,6 @@ def trained(args):
         first = table.get((CURRICULUM_OF.get(kind, CURRICULUM), 0), {})
         table[kind, 0] = {n: point for n, point in first.items() if n < args.searches}
     return table
-
-
-def paired(values):
-    """The mean of some differences, and half of its 95 % interval (Student's)."""
-    return np.mean(values), student(len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
 
 
 def text(args):
