@@ -197,12 +197,13 @@ def scale_up(args, out, run):
 
 
 def dry_run(args, images, device):
-    """What the run would cost, as text: what its spaces hold, then a line a stage, of ten steps measured."""
+    """Print what the run would cost: what its spaces hold, then a line a stage, of ten steps measured."""
+    say = functools.partial(print, flush=True)          # at once: the steps of a stage may take minutes
     parts = data.split(images.labels, args.seed)
     loader = data.Loader(images, images.statistics(parts[0]), args.batch_size, device)
-    shape = images.channels, images.resolution, images.classes
-    lines = [flops.describe_space(args.space, shape, args.flops_target),
-             "", "      steps  seconds a step     hours       kWh  CO2e (lb)"]
+    say(flops.describe_space(args.space, (images.channels, images.resolution, images.classes),
+                             args.flops_target))
+    say("\n      steps  seconds a step     hours       kWh  CO2e (lb)")
     teacher, total = None, [0.0, 0.0, 0.0]
     for stage in range(1 if args.method == "scaling" else args.stages):
         epoch_length, steps = schedule(args, stage, parts)
@@ -216,12 +217,12 @@ def dry_run(args, images, device):
             seconds = (time.perf_counter() - clock) / 10
         cost = flops.energy(seconds * steps, device, processes.world_size())
         total = [a + b for a, b in zip(total, cost)]
-        lines.append(f"A{stage} {steps:>8} {seconds:>15.3f} {cost[0]:>9.3f} {cost[1]:>9.4f} {cost[2]:>10.4f}")
+        say(f"A{stage} {steps:>8} {seconds:>15.3f} {cost[0]:>9.3f} {cost[1]:>9.4f} {cost[2]:>10.4f}")
         teacher = teacher_of(supernet, Network(derive(supernet)).to(device).eval(), args)
-    lines.append(f"all{'':>25}{total[0]:>9.3f} {total[1]:>9.4f} {total[2]:>10.4f}")
+    say(f"all{'':>25}{total[0]:>9.3f} {total[1]:>9.4f} {total[2]:>10.4f}")
     if args.space == "paper":
-        lines.append("The paper: 456 hours of a V100, 135.96 kWh, 129.70 lb of CO2e (Table 4).")
-    return "\n".join([*lines, "Hours of one device; energy is an estimate, see `energy` in flops.py."])
+        say("The paper: 456 hours of a V100, 135.96 kWh, 129.70 lb of CO2e (Table 4).")
+    say("Hours of one device; energy is an estimate, see `energy` in flops.py.")
 
 
 def check(args, images):
@@ -260,7 +261,7 @@ def main(argv=None):
     images = flags.load_images(args, "train", args.out, checked=not args.dry_run)
     args = processes.on_rank0(check, args, images)
     if args.dry_run:
-        return print(dry_run(args, images, device))
+        return dry_run(args, images, device)
     with contextlib.ExitStack() as stack, processes.catch_signals() as signals:
         out = processes.on_rank0(settings.run_folder, args, stack)
         run = Run(out / "last.pt", settings.same_run(args), device, signals, out / "log.jsonl")

@@ -372,10 +372,20 @@ def test_compound_scaling_searches_a0_alone_and_goes_on(tmp_path):
 
 
 def test_a_dry_run_says_what_a_run_would_cost_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    """A line a stage: steps, seconds a step, hours, kWh, CO2e. It is said as soon as it is measured."""
     monkeypatch.chdir(tmp_path)
+    line = re.compile(r"^(A\d +\d+ +\d+\.\d{3}|all) +\d+\.\d{3} +\d+\.\d{4} +\d+\.\d{4}$", re.MULTILINE)
     search.main([*SHORT, "--dry-run"])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines if re.match(r"A\d .* \d\.\d+e?", line)][-2:]
+    assert [found.split()[0] for found in line.findall(capsys.readouterr().out)] == ["A0", "A1", "all"]
+
+    def train_stage(supernet, *given, usual=search.train_stage):
+        if supernet.space.stage == 1:
+            raise KeyboardInterrupt
+        usual(supernet, *given)
+    monkeypatch.setattr(search, "train_stage", train_stage)
+    with pytest.raises(KeyboardInterrupt):
+        search.main([*SHORT, "--dry-run"])
+    assert [found.split()[0] for found in line.findall(capsys.readouterr().out)] == ["A0"]
     assert not any(tmp_path.iterdir())
 
 
