@@ -151,6 +151,8 @@ def open_supernet(run, stage):
         supernet = SuperNet(space, arch.in_channels, arch.classes)
     try:
         supernet.load_state_dict(files.load_checkpoint(weights), assign=True)
+        if not all(p.dtype == torch.float32 for p in supernet.parameters()):
+            raise RuntimeError("its weights are not float32")
         if not all(alpha.isfinite().all() for alpha in supernet.alphas()):
             raise RuntimeError("its alphas are not finite")
     except RuntimeError as error:

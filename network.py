@@ -34,8 +34,8 @@ ACTIVATIONS = {"relu": nn.ReLU, "hswish": nn.Hardswish}
 FORMATS = [name for name in ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
            if name in Image.registered_extensions().values()]
 # What reading foreign bytes may raise.
-BROKEN = (AttributeError, EOFError, LookupError, OverflowError, RuntimeError, TypeError, ValueError,
-          pickle.UnpicklingError, struct.error, zipfile.BadZipFile, zlib.error)
+BROKEN = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, RuntimeError, TypeError,
+          ValueError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile, zlib.error)
 
 conv = functools.partial(Conv2dNormActivation, inplace=None)            # hooks see what each layer computed
 
@@ -183,6 +183,7 @@ def converted(image, mode):
         values = np.asarray(image).astype(np.int64)
         if not 0 <= values.min() <= values.max() < 2 ** 16:
             raise ValueError("more than 16 bits a pixel")
+        values[values == image.info.get("transparency", -1)] = 65535            # white
         image = Image.fromarray(((values + 128) // 257).astype(np.uint8))       # 65535 = 257 * 255
     if image.mode == "F":
         raise ValueError("its pixels are floats, of unknown range")
@@ -203,9 +204,11 @@ def cropped(image, resolution, crop):
 def read_image(path, arch, crop):
     """The middle of an image file as uint8 pixels (1, C, R, R). ValueError, with the path, if it has none."""
     try:
+        if path.exists() and not path.is_file():           # a FIFO would be waited for
+            raise ValueError("no regular file")
         with Image.open(path, formats=FORMATS) as image:
             image = converted(image, "RGB" if arch.in_channels == 3 else "L")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (*BROKEN, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as an image ({error})") from None
     return cropped(image, arch.resolution, crop)[None]
 
@@ -220,7 +223,8 @@ def predict(network, paths):
     formats = Image.registered_extensions()
     for path in map(Path, paths):
         files = [path] if not path.is_dir() else sorted(
-            file for file in path.rglob("[!.]*") if formats.get(file.suffix.lower()) in FORMATS)
+            file for file in path.rglob("[!.]*")
+            if formats.get(file.suffix.lower()) in FORMATS and file.is_file())
         if not files:
             raise ValueError(f"{path} holds no image files")
         for file in files:

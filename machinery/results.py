@@ -3,7 +3,6 @@ from machinery import files
 from machinery.run import differences
 
 import json
-import math
 from pathlib import Path
 
 from space import CANDIDATES, Arch
@@ -44,7 +43,7 @@ def measured(file):
                   row["flops"] / 1e6, row["params"] / 1e6, 100 * row["accuracy"])
                  for row in rows if row["accuracy"] is not None]
         for name, _, *counts, accuracy in found:
-            if not (all(0 < n < math.inf for n in counts) and 0 <= accuracy <= 100):
+            if not (all(0 < n < 1e9 for n in counts) and 0 <= accuracy <= 100):
                 raise ValueError(f"{name}: {counts} M MACs and parameters, accuracy {accuracy} %")
     return found
 
@@ -135,7 +134,9 @@ def is_trained(args, settings, read):
     if not path.exists() or checkpoint.exists():    # with both, its row in trained.json may be missing
         return False
     facts = read(path).facts
-    for key, before, value in differences(facts["trained_on"] | {"network": facts["arch"]}, settings):
+    with files.reading(path):
+        found = [*differences(facts["trained_on"] | {"network": facts["arch"]}, settings)]
+    for key, before, value in found:
         raise files.Refused(f"{path} was trained with {key} {before}, not {value}: choose another --out")
     return True
 

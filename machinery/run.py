@@ -68,6 +68,8 @@ class Run:
             for key, before, value in differences(saved["settings"], self.settings):
                 raise ValueError(f"its {key} is {before}, not {value}")
             self.state = {key: type(value)(saved[key]) for key, value in self.state.items()}
+            if not (0 <= self.state["stage"] < 5 and 0 <= self.state["step"]):
+                raise ValueError("there is no such stage, or step")
             self.state["metrics"] = {kind: (total.to(self.device), int(count))
                                      for kind, (total, count) in self.state["metrics"].items()}
         self.saved = saved
@@ -81,6 +83,9 @@ class Run:
             with files.reading(self.checkpoint_path, "a checkpoint of this run"):
                 for name, value in self.objects.items():
                     value.load_state_dict(self.saved[name])
+                    for p, state in getattr(value, "state", {}).items():        # of an optimiser
+                        if any(x.shape not in (p.shape, ()) for x in state.values()):
+                            raise ValueError(f"{name} is of other shapes")
             self.saved = None
         else:
             self.state.update(stage=stage, step=0, seconds=0.0, skipped=[], metrics={}, history=[])

@@ -213,6 +213,8 @@ def search_arguments(argv, description):
         ran = read(args.out)
         args = completed(p.parse_args([*argv_of(kept(ran)), *argv]))
         for key, before, value in differences(same_run(ran), same_run(args)):
+            if key in ("grow", "distill"):                              # what is given is --no-grow
+                key, before, value = f"no-{key}", not before, not value
             raise Refused(f"--{key.replace('_', '-')} is {value}, but the run in {args.out} has {before}")
     args = completed(args)
     flags.batch_pieces(args)

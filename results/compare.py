@@ -233,8 +233,8 @@ def table(args):
 def main(argv=None):
     p = networks.parser("compare.py", __doc__, searches=8)
     p.add_argument("question", choices=("find", "rank", "table"))
-    p.add_argument("--draws", type=int, default=8, help="random networks a stage (8)")
-    p.add_argument("--seeds", type=int, default=1, help="of training, 0, 1, .. (1)")
+    p.add_argument("--draws", type=flags.number(int, 0), default=8, help="random networks a stage (8)")
+    p.add_argument("--seeds", type=flags.number(int, 1), default=1, help="of training, 0, 1, .. (1)")
     p.add_argument("--flags", nargs=argparse.REMAINDER, default=[],
                    help="of the searches: all that follows goes to search.py")
     args = p.parse_args(argv)

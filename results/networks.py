@@ -35,11 +35,13 @@ def parser(name, description, searches):
     p = flags.Parser(name, description)
     p.add_argument("--stages", type=int, nargs="+", choices=range(5), default=list(range(5)), metavar="K",
                    help="stages (all)")
-    p.add_argument("--searches", type=int, default=searches, help=f"search seeds 0, 1, .. ({searches})")
-    p.add_argument("--epochs", type=int, default=EPOCHS, help=f"of a training ({EPOCHS})")
-    p.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (as many as cores)")
+    p.add_argument("--searches", type=flags.number(int, 0), default=searches,
+                   help=f"search seeds 0, 1, .. ({searches})")
+    p.add_argument("--epochs", type=flags.number(int, 1), default=EPOCHS, help=f"of a training ({EPOCHS})")
+    p.add_argument("--jobs", type=flags.number(int, 1), default=os.cpu_count(),
+                   help="processes (as many as cores)")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device that trains (cpu)")
-    p.add_argument("--side", type=int, default=1, metavar="N",
+    p.add_argument("--side", type=flags.number(int, 1), default=1, metavar="N",
                    help="networks that a process trains at a time, side by side on a GPU (1)")
     p.add_argument("--runs", default=str(HERE / "runs"), help="folder of the searches")
     return p

@@ -262,6 +262,8 @@ def test_transparent_is_white(tmp_path):
     palette.putpalette([10, 20, 30, 40, 50, 60])
     palette.putpixel((1, 0), 1)
     assert decoded(tmp_path / "b.png", palette, transparency=1).tolist() == [[[10, 20, 30], [255, 255, 255]]]
+    deep = Image.fromarray(np.array([[257, 2570]], np.uint16))
+    assert decoded(tmp_path / "c.png", deep, transparency=257).tolist() == [[[255] * 3, [10] * 3]]
 
 
 @pytest.mark.parametrize("orientation, turned", [(1, lambda a: a), (3, lambda a: a[::-1, ::-1]),

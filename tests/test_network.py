@@ -277,6 +277,15 @@ def test_an_image_file_is_read_as_in_evaluation(tmp_path):
     assert torch.equal(grey[0, 0], read_image(tmp_path / "grey.png", ARCH._replace(resolution=37), 1.0)[0, 0])
 
 
+def test_whatever_pillow_raises_is_told_in_a_line(tmp_path, monkeypatch):
+    """Of a damaged AVIF file it raises a RuntimeError, of others of a dozen kinds."""
+    def raising(*given, **more):
+        raise RuntimeError("Failed to decode frame 0: Decoding of color planes failed")
+    monkeypatch.setattr(Image, "open", raising)
+    with pytest.raises(ValueError, match=r"a.avif cannot be read as an image \(Failed to decode frame 0"):
+        read_image(tmp_path / "a.avif", ARCH, 1.0)
+
+
 def test_an_image_of_its_size_is_taken_as_it_is(tmp_path):
     image = pixels(1)
     Image.fromarray(image[0].permute(1, 2, 0).numpy()).save(tmp_path / "same.png")
@@ -300,7 +309,11 @@ def test_classes_and_probabilities_of_files_and_folders(file, tmp_path):
     Image.new("F", (16, 16)).save(tmp_path / "floats.tiff")
     Image.new("I", (16, 16), 2 ** 16).save(tmp_path / "deep.tiff")
     (tmp_path / "cut.png").write_bytes(paths[0].read_bytes()[:300])
-    for name in ("folder/notes.txt", "floats.tiff", "deep.tiff", "cut.png", "none.png"):
+    os.mkfifo(tmp_path / "fifo.png")                                            # which would be waited for
+    os.mkfifo(tmp_path / "folder" / "fifo.png")
+    (tmp_path / "folder" / "folder.png").mkdir()
+    assert [path for path, *_ in predict(network, [tmp_path / "folder"])] == paths[:2]
+    for name in ("folder/notes.txt", "floats.tiff", "deep.tiff", "cut.png", "none.png", "fifo.png"):
         with pytest.raises(ValueError, match=f"{name} cannot be read as an image"):
             list(predict(network, [tmp_path / name]))
     with pytest.raises(ValueError, match="page.eps cannot be read as an image .cannot identify"):
