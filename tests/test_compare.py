@@ -1,6 +1,7 @@
 """The instrument: networks that are compared cost what they should, statistics are those of textbooks."""
 from machinery import settings
 
+import functools
 import itertools
 
 import numpy as np
@@ -171,6 +172,7 @@ def test_the_table_compares_kinds_with_random_networks_and_flags_with_the_defaul
                 for seed in range(seeds) for stage in range(2)]
     files = {networks.NETWORKS: trained, compare.RANKS: ranks, networks.SEARCHES: searches}
     monkeypatch.setattr(networks, "rows", files.get)
+    monkeypatch.setattr(compare, "with_interval", functools.partial(compare.with_interval, resamples=20))
     compare.main(["table", "--stages", "0", "--epochs", "1"])
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("A0 found 92.50 +- 1.87 (n = 6), above random +2.00 +- ")
