@@ -130,10 +130,13 @@ def costs(space, in_channels, classes, cost=Layer.macs):
         i, outputs = inputs.view(-1, 1, 1), torch.tensor(block.widths)
         hidden = torch.tensor([[[block.hidden(width, e)] for e in range(len(block.expansions))]
                                for width in inputs.tolist()])                        # (i, e, 1)
+        ops = [sum(map(cost, candidate(op, i, hidden, outputs, block.expand, block.stride, pixels)[:-1]))
+               for op in CANDIDATES]                                                 # each (i, e, 1)
         after = strided(pixels, block.stride)
-        end = [Layer("residual", i, outputs, after, after, kernel=0)] * block.residual
-        ops = [candidate(op, i, hidden, outputs, block.expand, block.stride, pixels) for op in CANDIDATES]
-        tables.append(torch.stack([sum(map(cost, op + end)) for op in ops], 1).double())     # (i, op, e, o)
+        ends = [Layer("project", hidden, outputs, after, after),
+                *[Layer("residual", i, outputs, after, after, kernel=0)] * block.residual]
+        table = torch.stack(ops, 1) + sum(map(cost, ends)).unsqueeze(1)              # (i, op, e, o)
+        tables.append(table.double())
         pixels, inputs = after, outputs
     last = sum(map(cost, head(inputs, space.head, classes, pixels)))
     return Costs(float(cost(first)), tables, last.double())

@@ -12,6 +12,7 @@ A trained network is one file. It holds what its weights mean: architecture, nor
 import argparse
 import functools
 import json
+import os
 import pickle
 import struct
 import zipfile
@@ -173,6 +174,13 @@ def load(path):
     return trained.to(memory_format=torch.contiguous_format).eval()
 
 
+def open_image(path):
+    """The image file at a path, opened by PIL. ValueError for what is no file: a FIFO would be waited for."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError("is no regular file")
+    return Image.open(path, formats=FORMATS)
+
+
 def converted(image, mode):
     """A PIL image of any mode as "RGB" or grey, "L": upright, transparent is white, 16 bits become 8.
 
@@ -204,9 +212,7 @@ def cropped(image, resolution, crop):
 def read_image(path, arch, crop):
     """The middle of an image file as uint8 pixels (1, C, R, R). ValueError, with the path, if it has none."""
     try:
-        if path.exists() and not path.is_file():           # a FIFO would be waited for
-            raise ValueError("no regular file")
-        with Image.open(path, formats=FORMATS) as image:
+        with open_image(path) as image:
             image = converted(image, "RGB" if arch.in_channels == 3 else "L")
     except (*BROKEN, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as an image ({error})") from None

@@ -8,7 +8,6 @@ from machinery.workers import work
 
 import errno
 import os
-import stat
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +17,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torchvision.transforms import v2
 
-from network import FORMATS, converted, cropped
+from network import converted, cropped, open_image
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif")
 CHUNK = 32                                                # images that a worker hands over at once
@@ -101,14 +100,12 @@ def decode(path, small=False):
     Transparent is white. 16 bits become 8. small: a JPEG at an eighth of its size: faster, and as strict.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):    # of odd EXIF, large images: nothing to do about it
-            if not stat.S_ISREG(os.stat(path).st_mode):   # a FIFO would be waited for
-                raise ValueError("is no regular file")
-            with Image.open(path, formats=FORMATS) as image:
-                if small:
-                    image.draft("RGB", (1, 1))
-                image.load()
-                return converted(image, "RGB")
+        # Warnings of odd EXIF and of large images: nothing is to be done about them
+        with warnings.catch_warnings(action="ignore"), open_image(path) as image:
+            if small:
+                image.draft("RGB", (1, 1))
+            image.load()
+            return converted(image, "RGB")
     except UnidentifiedImageError:
         raise OSError("is no image") from None
     except (*files.BROKEN, SyntaxError, Image.DecompressionBombError) as error:     # what Pillow raises

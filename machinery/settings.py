@@ -20,6 +20,9 @@ METHODS = {"cst": "the curriculum", "direct": "each stage alone", "naive": "grow
 DEFAULTS = {"paper": {"epochs": [100.0, *[60.0] * 4], "batch_size": 1024, "lr": 0.4},
             "small": {"epochs": [1.0, *[0.4] * 4], "batch_size": 32, "lr": 0.1}}
 NOT_KEPT = ("out", "resume", "dry_run")         # flags that are no setting of a run
+# Of a switch: its flag, and the value that the flag gives.
+SWITCHES = {"grow": ("--no-grow", False), "distill": ("--no-distill", False),
+            "skip_broken": ("--skip-broken", True)}
 FREE = ("stages", "device", "checkpoint_every", "workers")      # settings that may change on the way
 
 
@@ -142,12 +145,12 @@ def same_run(args):
 def argv_of(settings):
     """The command line of the settings in an args.json. Refused if these are not a run's."""
     p, argv = search_parser(None), []
-    switches = {"grow": "--no-grow", "distill": "--no-distill", "skip_broken": "--skip-broken"}
     if differing := set(settings) ^ set(kept(p.parse_args([]))):
         raise Refused(f"{', '.join(sorted(differing))}: missing or unknown")
     for key, value in settings.items():
-        if key in switches:
-            argv += [switches[key]] * (value is (key == "skip_broken"))
+        if key in SWITCHES:
+            flag, given = SWITCHES[key]
+            argv += [flag] * (value is given)
         elif value is not None:
             values = value if isinstance(value, list) else [value]
             off = key == "flops_target" and 0 in values                 # written so; 0 is no number of MACs
@@ -213,9 +216,10 @@ def search_arguments(argv, description):
         ran = read(args.out)
         args = completed(p.parse_args([*argv_of(kept(ran)), *argv]))
         for key, before, value in differences(same_run(ran), same_run(args)):
-            if key in ("grow", "distill"):                              # what is given is --no-grow
-                key, before, value = f"no-{key}", not before, not value
-            raise Refused(f"--{key.replace('_', '-')} is {value}, but the run in {args.out} has {before}")
+            flag, given = SWITCHES.get(key, (f"--{key.replace('_', '-')}", None))
+            if key in SWITCHES:
+                before, value = before is given, value is given
+            raise Refused(f"{flag} is {value}, but the run in {args.out} has {before}")
     args = completed(args)
     flags.batch_pieces(args)
     if args.out and args.out.is_dir() and not args.dry_run:
